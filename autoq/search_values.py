@@ -1,0 +1,248 @@
+"""What a search is given and what it returns: the budget, measured plans and what is known of the best one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from autoq.errors import SearchError
+from autoq.knapsack import Assignment, Metric, Problem, Solution, solve
+
+Objective = Literal["latency", "memory", "loss"]
+Source = Literal["uniform", "frontier", "optuna", "local"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What is minimised and within which limits.
+
+    Attributes:
+        objective: ``latency`` (microseconds per request), ``memory`` (bytes of weights) or ``loss``.
+        max_loss: limit on the loss increase; its upper 95 % bound must be within.
+        max_time_us: limit on the microseconds per request.
+        max_bytes: limit on the bytes of weights.
+    """
+
+    objective: Objective = "latency"
+    max_loss: float | None = None
+    max_time_us: float | None = None
+    max_bytes: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("latency", "memory", "loss"):
+            raise SearchError("an objective is latency, memory or loss", got=repr(self.objective))
+        if not set(self.limits) - {self.metric}:
+            raise SearchError(
+                "a budget needs a limit on something besides its objective",
+                got=self,
+                fix="Set max_loss, max_time_us or max_bytes.",
+            )
+        for metric, limit in self.limits.items():
+            if not math.isfinite(limit) or limit < 0:
+                raise SearchError("a limit must be a finite number, at least 0", where=metric, got=limit)
+
+    @property
+    def metric(self) -> Metric:
+        """The objective as the knapsack names it."""
+        names: dict[Objective, Metric] = {"latency": "time", "memory": "bytes", "loss": "loss"}
+        return names[self.objective]
+
+    @property
+    def axis(self) -> Literal["time", "bytes"]:
+        """What the loss is traded against on the front."""
+        return "bytes" if self.objective == "memory" else "time"
+
+    @property
+    def primary(self) -> Metric:
+        """The limit that trials vary: the loss where it is limited and not the objective."""
+        return next(metric for metric in self.limits if metric != self.metric)
+
+    @property
+    def limits(self) -> dict[Metric, float]:
+        """The limits that are set, the loss first."""
+        all_: tuple[tuple[Metric, float | None], ...] = (
+            ("loss", self.max_loss),
+            ("time", self.max_time_us),
+            ("bytes", self.max_bytes),
+        )
+        return {metric: limit for metric, limit in all_ if limit is not None}
+
+    def solve(self, problem: Problem, *, target: float = 0.0) -> Solution:
+        """The knapsack's best plan within the limits, the primary limit multiplied by ``exp(target)``.
+
+        Raises:
+            SearchError: if no plan is within the limits.
+        """
+        limits = self.limits
+        limits[self.primary] *= math.exp(target)
+        return solve(
+            problem,
+            objective=self.metric,
+            max_loss=limits.get("loss"),
+            max_time_us=limits.get("time"),
+            max_bytes=limits.get("bytes"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """A plan's measured loss, as paired difference to the unquantized model on the same samples.
+
+    Attributes:
+        loss_delta: mean difference; infinite when the plan breaks the model.
+        low: lower end of its 95 % interval, resampled by row.
+        high: upper end.
+        samples: rows measured.
+    """
+
+    loss_delta: float
+    low: float
+    high: float
+    samples: int
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.loss_delta <= self.high:  # NaN fails too
+            raise SearchError(
+                "a measured loss must be a number within its interval",
+                got=f"{self.loss_delta} in [{self.low}, {self.high}]",
+                fix="Check what the loss function or eval_fn returns for this plan.",
+            )
+
+    @property
+    def spread(self) -> float:
+        """Half the interval's width."""
+        return (self.high - self.low) / 2
+
+    def to_json(self) -> dict[str, float]:
+        """The form kept in the study."""
+        return {name: getattr(self, name) for name in ("loss_delta", "low", "high", "samples")}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, float]) -> Evaluation:
+        """Read the form kept in the study."""
+        samples = int(value["samples"])
+        return cls(loss_delta=value["loss_delta"], low=value["low"], high=value["high"], samples=samples)
+
+
+class Evaluate(Protocol):
+    """What the pipeline provides: a plan's measured loss."""
+
+    def __call__(self, schemes: Mapping[str, str], fidelity: int, /) -> Evaluation:
+        """Measure the plan with this scheme per layer on the rows of this fidelity, 0 being the fewest."""
+
+
+Progress = Callable[[int, int, str], None]
+"""Called after each plan with plans done, plans meant to be done, and what was found."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanPoint:
+    """A plan the search measured.
+
+    Attributes:
+        assignment: option index per unit of the problem.
+        label: the uniform plan's name, or which step proposed it.
+        source: the step of the search that proposed it.
+        predicted_loss: what the model, as fitted before this plan was measured, expected.
+        time_us: modelled microseconds per request.
+        bytes: bytes of weights.
+        evaluation: the loss measured at ``fidelity``.
+        fidelity: index of the fidelity reached.
+        full: whether that was the last one; only then is the plan compared with the budget.
+    """
+
+    assignment: Assignment
+    label: str
+    source: Source
+    predicted_loss: float
+    time_us: float
+    bytes: int
+    evaluation: Evaluation
+    fidelity: int
+    full: bool
+
+    def value(self, metric: Metric) -> float:
+        """Modelled time or bytes, measured loss."""
+        if metric == "loss":
+            return self.evaluation.loss_delta
+        return self.time_us if metric == "time" else self.bytes
+
+    def excess(self, budget: Budget) -> float:
+        """By how much it is over the limits, summed and relative to them; in budget when 0.
+
+        The loss counts with its upper 95 % bound.
+        """
+        total = 0.0
+        for metric, limit in budget.limits.items():
+            value = self.evaluation.high if metric == "loss" else self.value(metric)
+            if value > limit + 1e-9 * limit:
+                total += (value - limit) / (limit or 1.0)
+        return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """How far from optimal the best finalist can be, as far as the fitted model is right.
+
+    Attributes:
+        value: the best finalist's objective (modelled time, bytes, or measured loss).
+        bound: under the fitted model no plan within the limits has a lower one.
+        gap: ``(value − bound) / |value|``; negative when the model thought the plan out of reach.
+        loss_error: the model's median absolute error of the loss on measured plans, each left out of the fit.
+    """
+
+    value: float
+    bound: float
+    gap: float
+    loss_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchResult:
+    """What the search measured and learned.
+
+    Attributes:
+        points: every measured plan, in the order measured.
+        pareto: the fully measured plans no other one beats in (time or bytes, loss), fastest first.
+        finalists: at most three best in budget by objective, then up to three best uniform plans in budget.
+        refitted: the problem with losses corrected by all measurements, for ``retarget``.
+        log_multipliers: the corrections, by ``family:NAME`` and ``scheme:NAME``.
+        certificate: None when no plan is in budget, measured or modelled, or too few were measured to say how far
+            the model is off.
+        evaluations: calls of ``evaluate`` made by this run, all fidelities.
+        study_name: the study's name in the storage.
+    """
+
+    points: tuple[PlanPoint, ...]
+    pareto: tuple[PlanPoint, ...]
+    finalists: tuple[PlanPoint, ...]
+    refitted: Problem
+    log_multipliers: Mapping[str, float]
+    certificate: Certificate | None
+    evaluations: int
+    study_name: str
+
+
+def hopeless(point: PlanPoint, points: Sequence[PlanPoint], budget: Budget) -> bool:
+    """Whether measuring the point further cannot make it a finalist or part of the front of all points."""
+    evaluation = point.evaluation
+    surely = replace(point, evaluation=replace(evaluation, loss_delta=evaluation.low, high=evaluation.low))
+    if surely.excess(budget) > 0 or not math.isfinite(evaluation.high):
+        return True
+    return any(
+        other.full and other.value(budget.axis) <= point.value(budget.axis) and other.evaluation.high < evaluation.low
+        for other in points
+    )
+
+
+def pareto(points: Sequence[PlanPoint], axis: Metric) -> tuple[PlanPoint, ...]:
+    """The points no other one beats, fastest (or smallest) first."""
+    front: list[PlanPoint] = []
+    for point in sorted(points, key=lambda p: (p.value(axis), p.evaluation.loss_delta, p.assignment)):
+        if math.isfinite(point.evaluation.loss_delta) and (
+            not front or point.evaluation.loss_delta < front[-1].evaluation.loss_delta
+        ):
+            front.append(point)
+    return tuple(front)
