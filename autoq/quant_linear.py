@@ -1,0 +1,251 @@
+"""The quantized linear layer: one packed buffer, one operator for every scheme.
+
+Shapes: N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from autoq_kernels import layout
+from torch import Tensor, nn
+
+from autoq import candidates
+from autoq.candidates import Candidate, Packed
+from autoq.candidates.base import load_cpu_kernels
+from autoq.errors import AutoqError, CheckpointError, ModelError
+
+HEADER = "weight_header"
+SCHEME = "weight_scheme"
+
+
+class QuantLinear(nn.Module):
+    """A linear layer whose weight is one packed buffer, whatever the scheme.
+
+    The kernel sees only ``head``, the buffer's first 128 bytes, which lead it to the rest. A graph traced by
+    ``torch.compile`` therefore does not depend on the scheme: ``set_packed`` changes it without recompilation.
+
+    ``state_dict`` holds the canonical sections by name (``weight_header``, ``weight_scheme``, ``weight_codes_4``,
+    ``weight_scale``, …) and ``bias``. Conversions of dtype touch only the bias; moves between devices move the codes.
+
+    Args:
+        candidate: the scheme's implementation.
+        packed: the packed weight [N, K].
+        bias: the original layer's parameter [N], shared, or None.
+        in_features: K.
+        out_features: N.
+        dtype: the compute dtype, which ``weight`` has.
+        original: the float layer when it is kept for ``autoq.restore``.
+
+    Attributes:
+        plan_json: JSON text of the plan that was applied, kept on one layer of the model; None on the others.
+    """
+
+    head: Tensor
+    packed: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        packed: Packed,
+        bias: nn.Parameter | None,
+        in_features: int,
+        out_features: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        original: nn.Linear | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.dtype = dtype
+        self.plan_json: str | None = None
+        # In a tuple, so that it is neither a submodule nor in the state_dict.
+        self._original = (original,)
+        self.register_parameter("bias", bias)
+        self.register_buffer("packed", packed.data, persistent=False)
+        self.set_packed(packed, candidate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output [..., N] for an activation [..., K], in the activation's dtype."""
+        result: Tensor = torch.ops.autoq.linear(x, self.head, self.bias, self.out_features)
+        return result
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight [N, K] in the compute dtype, computed anew at each access: slow.
+
+        For model code that looks at a layer's weight, most often only at its dtype or device. It is no parameter, and
+        writing to it changes nothing.
+        """
+        weight: Tensor = torch.ops.autoq.dequantize(self.head, self.out_features, self.in_features)
+        return weight.to(self.dtype)
+
+    @property
+    def scheme(self) -> str:
+        """The scheme's display form, such as ``int4wo-hqq(group_size=64)``."""
+        return str(self.candidate.scheme)
+
+    @property
+    def original(self) -> nn.Linear | None:
+        """The float layer as it was before quantization, if it was kept."""
+        return self._original[0]
+
+    def set_packed(self, packed: Packed, candidate: Candidate) -> None:
+        """Swap the weight and its scheme in place; compiled graphs stay valid.
+
+        Raises:
+            ModelError: if the packed weight has another shape than the layer.
+        """
+        shape = tuple(packed.shape)
+        if shape != (self.out_features, self.in_features):
+            raise ModelError(f"the packed weight has shape [{self.out_features}, {self.in_features}]", got=list(shape))
+        self.candidate = candidate
+        data = packed.data
+        self._set_buffer(data if self.packed.is_meta else data.to(self.packed.device))
+
+    def _set_buffer(self, data: Tensor) -> None:
+        if data.device.type == "cpu":
+            load_cpu_kernels()
+        self.register_buffer("packed", data, persistent=False)
+        # Of the same storage, but no autograd view: Dynamo would guard on a view's base and so on the scheme's size.
+        # A buffer too, because CUDA graphs copy inputs that are no buffers, and the copy would hold 128 bytes.
+        head = torch.empty(0, dtype=torch.uint8, device=data.device)
+        head.set_(data.untyped_storage(), data.storage_offset(), (layout.HEADER_BYTES,), (1,))
+        self.register_buffer("head", head, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        data = self.packed
+        del self.packed, self.head
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            moved = fn(data)
+            # What dtype a floating-point weight would have now; the codes themselves keep theirs.
+            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=data.device)).dtype
+            if moved.dtype != torch.uint8:  # Module.type() converts every tensor
+                moved = data.to(moved.device)
+            if moved is not data and not moved.is_meta and not _same_header(moved, data):
+                moved[: layout.HEADER_BYTES] = 0  # to_empty(): the kernel refuses an empty header until one is loaded
+        except BaseException:
+            self._set_buffer(data)
+            raise
+        self._set_buffer(moved)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        # Pickled apart, head would come back as a tensor with a storage of its own.
+        state["_buffers"] = {name: one for name, one in state["_buffers"].items() if name != "head"}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._set_buffer(self.packed)
+
+    def sections(self) -> dict[str, Tensor]:
+        """The weight's canonical sections as named views of the buffer, with header and scheme: what is saved."""
+        text = json.dumps(self.candidate.scheme.to_json()).encode()
+        found = {HEADER: self.packed[: layout.HEADER_BYTES], SCHEME: torch.tensor(list(text), dtype=torch.uint8)}
+        return found | {f"weight_{name}": one for name, one in layout.sections(self.packed).items()}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: one for name, one in self.sections().items()})
+
+    def _load_from_state_dict(  # noqa: PLR0917 (torch's signature)
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        start = f"{prefix}weight_"
+        found = {key.removeprefix(prefix): one for key, one in state_dict.items() if key.startswith(start)}
+        unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(start)]
+        if not found:
+            missing_keys.append(prefix + HEADER)
+            return
+        try:
+            self.set_packed(*assemble(found, where=prefix.rstrip(".")))
+        except AutoqError as problem:
+            error_msgs.append(str(problem))
+
+    def extra_repr(self) -> str:
+        """Shape and scheme, as ``print(model)`` shows them."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, scheme={self.scheme}"
+        )
+
+
+def assemble(sections: Mapping[str, Tensor], *, where: str) -> tuple[Packed, Candidate]:
+    """A packed weight from its named sections, checked: the inverse of ``QuantLinear.sections``.
+
+    Args:
+        sections: header, scheme and sections by name, on one device.
+        where: the layer's name, for error messages.
+
+    Raises:
+        CheckpointError: if a section is missing, unknown or of another size than the header says.
+        CandidateError: if the scheme is unknown.
+    """
+    header, text = sections.get(HEADER), sections.get(SCHEME)
+    if header is None or text is None or text.dtype != torch.uint8 or text.dim() != 1:
+        raise CheckpointError(
+            f"a quantized weight has {HEADER} and {SCHEME}", where=where, got=", ".join(sorted(sections))
+        )
+    body = {name: one for name, one in sections.items() if name not in (HEADER, SCHEME)}
+    try:
+        candidate = candidates.parse(json.loads(bytes(text.tolist())))
+        data = torch.empty(_size(layout.header(header), body), dtype=torch.uint8, device=header.device)
+        data[: layout.HEADER_BYTES] = header
+        views = {f"weight_{name}": one for name, one in layout.sections(data).items()}
+    except (ValueError, KeyError, RuntimeError) as problem:  # LayoutError is a ValueError
+        raise CheckpointError("a weight's header and scheme fit", where=where, got=str(problem)) from problem
+    wanted, found = ({n: (tuple(one.shape), one.dtype) for n, one in side.items()} for side in (views, body))
+    if wanted != found:
+        raise CheckpointError("the sections are those the header names", where=where, got=found)
+    end = layout.HEADER_BYTES
+    for name, view in sorted(views.items(), key=lambda item: item[1].data_ptr()):
+        start = view.data_ptr() - data.data_ptr()
+        data[end:start] = 0  # the gaps are zero, as `layout.build` leaves them
+        view.copy_(body[name])
+        end = start + view.nbytes
+    data[end:] = 0
+    return Packed(data), candidate
+
+
+def _size(form: layout.Header, body: Mapping[str, Tensor]) -> int:
+    """The buffer's bytes, after checking the header's numbers: kernels trust them."""
+    starts = (
+        form.codes_offset,
+        form.scale_offset,
+        form.minimum_offset,
+        form.row_scale_offset,
+        form.column_scale_offset,
+    )
+    end = form.total_bytes - layout.TRAILING_BYTES
+    inside = all(start == 0 or layout.HEADER_BYTES <= start < end for start in starts)
+    groups = -(-form.k // form.group_size) if form.group_size > 0 else 0
+    longest = layout.HEADER_BYTES + layout.TRAILING_BYTES
+    longest += sum(one.nbytes + layout.ALIGNMENT for one in body.values())
+    if not inside or form.codes_offset == 0 or form.groups != groups or form.total_bytes > longest:
+        raise layout.LayoutError(f"the header contradicts itself or the sections: {form}")
+    total: int = form.total_bytes
+    return total
+
+
+def _same_header(one: Tensor, other: Tensor) -> bool:
+    if other.is_meta:
+        return False
+    return torch.equal(one[: layout.HEADER_BYTES].cpu(), other[: layout.HEADER_BYTES].cpu())
