@@ -1,0 +1,240 @@
+"""Measured loss of a plan: on the same samples as the unquantized model, as paired differences with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoq.errors import InputError
+from autoq.losses import Batch, Metric
+from autoq.modules import evaluating
+from autoq.scheme import Scheme
+from autoq.shadow import Shadow
+
+EvalFn = Callable[[nn.Module], "float | Tensor"]
+_RESAMPLES = 2000
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A plan's mean loss minus the unquantized model's, on the same samples.
+
+    Attributes:
+        mean: in the metric's unit.
+        low: lower end of the 95 % bootstrap interval over samples (rows, not tokens).
+        high: its upper end.
+        samples: how many pairs.
+    """
+
+    mean: float
+    low: float
+    high: float
+    samples: int
+
+
+def paired(losses: Tensor, baseline: Tensor, *, seed: int = 0) -> Difference:
+    """The paired difference of two loss vectors with its bootstrap interval.
+
+    Args:
+        losses: float [samples].
+        baseline: float [samples], in the same order.
+        seed: of the resampling.
+    """
+    change = (losses.double() - baseline.double()).cpu()
+    mean = change.mean().item()
+    if change.numel() == 1:
+        return Difference(mean=mean, low=mean, high=mean, samples=1)
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(change.numel(), (_RESAMPLES, change.numel()), generator=generator)
+    means = change[picks].mean(dim=1)
+    tail = (1 - _CONFIDENCE) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Difference(mean=mean, low=low, high=high, samples=change.numel())
+
+
+def model_losses(model: nn.Module, batches: Sequence[Batch], metric: Metric) -> Tensor:
+    """One loss per sample of all batches, float32 [samples].
+
+    Raises:
+        InputError: if a loss is NaN.
+    """
+    with evaluating(model), torch.no_grad():
+        parts = [metric.losses(batch.call(model), index, batch).cpu() for index, batch in enumerate(batches)]
+    return _checked(torch.cat(parts), metric.name)
+
+
+def _checked(losses: Tensor, name: str) -> Tensor:
+    if torch.isnan(losses).any():
+        raise InputError(
+            "a loss must be a number",
+            where=name,
+            got=f"NaN in {int(torch.isnan(losses).sum())} of {losses.numel()} samples",
+            fix="Check the inputs, and what the loss does with this model's outputs.",
+        )
+    return losses
+
+
+class LossMeter:
+    """Measures assignments on the shadow, always against the unquantized model on the same samples.
+
+    Args:
+        shadow: the model whose assignment changes.
+        metric: loss of a batch's outputs; unused when ``eval_fn`` is given.
+        batches: all samples, in a fixed order.
+        eval_fn: the user's own measure of a whole model, instead.
+        eval_repeats: runs of a scalar ``eval_fn`` (its noise is taken from them).
+    """
+
+    def __init__(
+        self,
+        shadow: Shadow,
+        metric: Metric,
+        batches: Sequence[Batch],
+        *,
+        eval_fn: EvalFn | None = None,
+        eval_repeats: int = 3,
+    ) -> None:
+        self.shadow = shadow
+        self.metric = metric
+        self.batches = list(batches)
+        self.eval_fn = eval_fn
+        self.eval_repeats = eval_repeats
+        self.seen_tokens = 0
+        self._baseline: dict[int, Tensor] = {}
+        self.levels = self._levels()
+
+    def _levels(self) -> tuple[int, ...]:
+        """Fidelities: a quarter of the batches first, then all of them."""
+        quarter = len(self.batches) // 4
+        return (quarter, len(self.batches)) if quarter >= 1 and self.eval_fn is None else (len(self.batches),)
+
+    def losses(self, assignment: Mapping[str, Scheme], level: int = -1) -> Tensor:
+        """One loss per sample under an assignment, at a fidelity of ``levels``."""
+        self.shadow.assign(assignment)
+        if self.eval_fn is not None:
+            return self._user_losses(self.eval_fn)
+        batches = self.batches[: self.levels[level]]
+        with self.shadow.exact_products():
+            return model_losses(self.shadow.model, batches, self.metric)
+
+    def _user_losses(self, eval_fn: EvalFn) -> Tensor:
+        with evaluating(self.shadow.model), torch.no_grad():
+            first = _as_losses(eval_fn(self.shadow.model))
+            if first.numel() > 1:
+                return first
+            again = [_as_losses(eval_fn(self.shadow.model)) for _ in range(self.eval_repeats - 1)]
+        return torch.cat([first, *again])
+
+    def baseline(self, level: int = -1) -> Tensor:
+        """The unquantized model's losses; measured once, at full fidelity."""
+        full = len(self.levels) - 1
+        if full not in self._baseline:
+            self._baseline[full] = self.losses({}, full)
+        losses = self._baseline[full]
+        level = level % len(self.levels)
+        if level == full:
+            return losses
+        if level not in self._baseline:
+            count = self._samples(self.levels[level])
+            self._baseline[level] = losses[:count]
+        return self._baseline[level]
+
+    def _samples(self, batches: int) -> int:
+        """How many samples the first batches hold; every batch gives the same number unless it is the last."""
+        full = self._baseline[len(self.levels) - 1]
+        return round(full.numel() * batches / len(self.batches)) if self.eval_fn is None else full.numel()
+
+    def difference(self, assignment: Mapping[str, Scheme], level: int = -1) -> Difference:
+        """The assignment's paired difference to the unquantized model."""
+        baseline = self.baseline(level)
+        return paired(self.losses(assignment, level), baseline)
+
+
+def _as_losses(value: Any) -> Tensor:
+    losses = value.detach().float().reshape(-1).cpu() if isinstance(value, Tensor) else torch.tensor([float(value)])
+    if losses.numel() == 0:
+        raise InputError("eval_fn returns a number or a non-empty 1-D tensor of losses", got="an empty tensor")
+    return _checked(losses, "eval_fn")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Additive:
+    """The scale on which losses of different layers add up, which is the one the search works on.
+
+    Most losses do so as they are. Of a relative RMS the squares do; divided by the limit they are in its unit again,
+    and equal to it at the limit.
+
+    Attributes:
+        limit: the loss limit for a metric whose squares add up; None for one that adds up itself.
+    """
+
+    limit: float | None = None
+
+    def to(self, loss: float) -> float:
+        """A measured loss on the additive scale."""
+        return loss if self.limit is None else math.copysign(loss * loss, loss) / self.limit
+
+    def back(self, value: float) -> float:
+        """A value on the additive scale as a loss."""
+        return value if self.limit is None else math.copysign(math.sqrt(abs(value) * self.limit), value)
+
+    def score(self, score: float) -> float:
+        """A sensitivity score, which for squares is a mean square, on the additive scale."""
+        return score if self.limit is None else score / self.limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossBudget:
+    """How much the mean loss may rise, and what the user was promised in his own unit.
+
+    Attributes:
+        max_increase: in the metric's unit.
+        baseline: the unquantized model's mean loss.
+        text: such as ``perplexity at most 5 % above 27.60``.
+    """
+
+    max_increase: float
+    baseline: float
+    text: str
+
+
+def loss_budget(metric: str, baseline: float, *, max_degradation: float, max_increase: float | None) -> LossBudget:
+    """The budget in the metric's unit.
+
+    ``max_degradation`` is relative to |baseline|: of the perplexity for token NLL, of the value for an ``eval_fn`` or
+    ``loss_fn``. KL and relative RMS are zero for the unquantized model; their defaults are 0.01 nats and
+    ``max_degradation`` itself.
+
+    Raises:
+        InputError: if a relative budget has no baseline to be relative to.
+    """
+    if max_increase is not None:
+        return LossBudget(
+            max_increase=max_increase, baseline=baseline, text=f"{metric} at most {max_increase:g} above {baseline:.4f}"
+        )
+    if not max_degradation >= 0:
+        raise InputError("max_degradation is zero or positive", got=max_degradation)
+    if metric == "nll":
+        increase = math.log1p(max_degradation)
+        text = f"perplexity at most {max_degradation:.2%} above {math.exp(baseline):.3f}"
+        return LossBudget(max_increase=increase, baseline=baseline, text=text)
+    if metric == "kl":
+        return LossBudget(max_increase=0.01, baseline=baseline, text="KL divergence at most 0.01 nats")
+    if metric == "relative_rms":
+        text = f"relative RMS of the outputs at most {max_degradation:.2%}"
+        return LossBudget(max_increase=max_degradation, baseline=baseline, text=text)
+    if baseline < 1e-6:
+        raise InputError(
+            "a metric that is near zero or negative for the unquantized model needs an absolute budget",
+            where=metric,
+            got=f"a baseline of {baseline:g}",
+            fix="Pass max_increase= in the metric's unit.",
+        )
+    text = f"{metric} at most {max_degradation:.2%} above {baseline:.4f}"
+    return LossBudget(max_increase=max_degradation * abs(baseline), baseline=baseline, text=text)

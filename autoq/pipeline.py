@@ -1,0 +1,589 @@
+"""The stages in order: record, profile, score, calibrate, search, verify. One call turns a model into a plan."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoq import candidates as schemes
+from autoq import language, search, sensitivity
+from autoq._files import write_atomic
+from autoq.cache import Fingerprint, ProfileCache, SensitivityCache, default_folder
+from autoq.candidates import Candidate
+from autoq.errors import CacheError, InputError, ModelError
+from autoq.evaluation import Additive, EvalFn, LossBudget, LossMeter, loss_budget
+from autoq.losses import Batch, LossFn, as_batches, default_metric, is_causal_lm
+from autoq.modules import FilterFn, find_linears, unwrap
+from autoq.plan import Plan
+from autoq.profiler import EndToEnd, LatencyModel, Timing, fit_latency, isolated_times, profile
+from autoq.profiler.end_to_end import UNQUANTIZED
+from autoq.recorder import record as record_inputs
+from autoq.results import TRIALS, Settings, TuneResult
+from autoq.scheme import Scheme
+from autoq.search import Budget, Evaluation, Option, Problem, SearchResult, Unit
+from autoq.shadow import NONE, PackedStore, Shadow
+from autoq.verdict import Evidence, choose, finished_plan, front_rows, layers_of
+from autoq.workload import LayerInfo, Phase, Workload
+
+_log = logging.getLogger(__name__)
+Progress = Callable[[str, str, int, int], None]
+Assignment = Mapping[str, Scheme]
+
+BATCH_ROWS = 4  # token rows per forward pass: logits of 2,048 tokens at a time
+_SCORED_TOKENS = 2048  # tokens whose gradients are taken
+_SCORED_BATCHES = 8  # the same for models without tokens
+_TIMED_BATCHES = 8  # batches of a phase that the user did not name
+_END_BLOCKS = 2  # this many first and last blocks are families of their own
+
+
+def tune(
+    model: nn.Module,
+    batches: Any = None,
+    *,
+    phases: Mapping[str, Phase] | None = None,
+    loss_fn: LossFn | None = None,
+    eval_fn: EvalFn | None = None,
+    candidates: Sequence[Candidate | Scheme | str] | None = None,
+    max_degradation: float = 0.01,
+    max_increase: float | None = None,
+    objective: search.Objective = "latency",
+    max_latency_us: float | None = None,
+    max_weight_bytes: int | None = None,
+    cache_dir: str | Path | None = None,
+    filter_fn: FilterFn | None = None,
+    n_trials: int | None = None,
+    storage: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> TuneResult:
+    """Find the plan for a model. The model itself is not changed; ``autoq.apply`` does that.
+
+    Args:
+        model: compiled with ``torch.compile`` or not.
+        batches: inputs by which accuracy is judged: a tensor, a mapping of keyword arguments, a tuple of positional
+            ones, or a sequence of these. For a causal language model, token rows int64 [rows, length].
+        phases: what latency is measured on, by name; by default the batches themselves, and for a causal language
+            model a prompt and single-token decoding after it.
+        loss_fn: ``loss_fn(outputs, batch) -> Tensor[samples]``, differentiable. Default: token NLL for causal language
+            models, KL to the unquantized model for other logits, relative RMS of the outputs otherwise.
+        eval_fn: ``eval_fn(model) -> float`` or a 1-D tensor of losses per sample, lower is better; judges plans instead
+            of ``loss_fn``, whose gradients still predict.
+        candidates: schemes to choose from; default ``autoq.candidates.DEFAULT``.
+        max_degradation: how much worse the metric may get, relative to |baseline| (for token NLL: of the perplexity).
+        max_increase: the same, absolute in the metric's unit.
+        objective: what is minimised: ``latency`` (µs per request), ``memory`` (bytes of weights) or ``loss``.
+        max_latency_us: limit on the request's latency.
+        max_weight_bytes: limit on the bytes of weights.
+        cache_dir: where measurements are kept; default ``~/.cache/autoq``.
+        filter_fn: ``filter_fn(name, linear) -> bool``; False leaves a layer alone.
+        n_trials: plans whose loss is measured, at most.
+        storage: Optuna storage URL, or ``journal:PATH``; default a journal file in ``cache_dir``.
+        seed: the same seed and the same measurements give the same plan.
+        progress: called with (stage, text, done, total).
+
+    Returns:
+        The plan and all tables. If nothing is faster within the budget, the plan leaves every layer alone and a note
+        says so.
+
+    Raises:
+        InputError: batches, phases or limits are not usable, or a loss is NaN.
+        ModelError: the model has no linear layer that can be quantized, or NaN weights.
+        CacheError: the cache folder cannot be written.
+    """
+    settings = Settings(
+        loss_fn=loss_fn,
+        eval_fn=eval_fn,
+        candidates=_candidates(candidates),
+        max_degradation=max_degradation,
+        max_increase=max_increase,
+        objective=objective,
+        max_latency_us=max_latency_us,
+        max_weight_bytes=max_weight_bytes,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        filter_fn=filter_fn,
+        n_trials=n_trials or TRIALS,
+        storage=storage,
+        seed=seed,
+    )
+    return Tuning(model, batches, phases, settings, progress).run()
+
+
+def record(
+    model: nn.Module,
+    batches: Any = None,
+    *,
+    phases: Mapping[str, Phase] | None = None,
+    filter_fn: FilterFn | None = None,
+) -> Workload:
+    """Record which linear layers a model runs, on which shapes and how often; nothing is measured.
+
+    Args:
+        model: compiled with ``torch.compile`` or not; it runs uncompiled, in eval mode, and is not changed.
+        batches: a tensor, a mapping of keyword arguments, a tuple of positional ones, or a sequence of these.
+        phases: instead, the inputs of each phase by its name.
+        filter_fn: ``filter_fn(name, linear) -> bool``; False leaves a layer alone.
+
+    Raises:
+        InputError: if there are no inputs, or both kinds.
+        ModelError: if the model has no linear layer.
+    """
+    return record_inputs(model, batches, phases=phases, filter_fn=filter_fn, samples_per_layer=0).workload
+
+
+def _candidates(given: Sequence[Candidate | Scheme | str] | None) -> tuple[Candidate, ...]:
+    """The candidates to search, ``none`` first and each once."""
+    found = [one if isinstance(one, Candidate) else schemes.parse(one) for one in given or schemes.DEFAULT]
+    none = schemes.parse(NONE)
+    return tuple(dict.fromkeys([none, *found]))
+
+
+class Tuning:
+    """One run of ``tune``: its stages share the model, the settings and what earlier stages found."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Any,
+        phases: Mapping[str, Phase] | None,
+        settings: Settings,
+        progress: Progress | None,
+    ) -> None:
+        self.settings = settings
+        self.model = unwrap(model)
+        self.compile_arguments = compile_arguments(model)
+        self.notes: list[str] = []
+        self._progress = progress
+        check_weights(self.model, settings.filter_fn)
+        self.batches = self._batches(batches, phases)
+        self.phases = phases if phases is not None else self._default_phases()
+        folder = settings.cache_dir or default_folder()
+        device = next((p.device.type for p in self.model.parameters()), "cpu")
+        self.fingerprint = Fingerprint.current(device)
+        self.profiles = ProfileCache(folder, self.fingerprint)
+        self.folder = folder
+
+    def prepare(self) -> None:
+        """Record the workload, and make ready what measures losses and times.
+
+        Raises:
+            ModelError: if no layer may be quantized.
+        """
+        self.say("record", "", 0, 1)
+        filter_fn = self.settings.filter_fn
+        self.workload = record_inputs(self.model, phases=self.phases, filter_fn=filter_fn, samples_per_layer=0).workload
+        if not self.workload.quantizable:
+            reasons = "; ".join(f"{one.name}: {one.reason or 'never called'}" for one in self.workload.layers[:5])
+            raise ModelError("the model has a linear layer that is called and may be quantized", got=reasons)
+        self.layers = [layer.name for layer in self.workload.quantizable]
+        self.store = PackedStore(self.model, self.layers)
+        metric = default_metric(self.model, self.batches, self.settings.loss_fn)
+        self.meter = LossMeter(Shadow(self.model, self.store), metric, self.batches, eval_fn=self.settings.eval_fn)
+        self.timer = Timer(self)
+        self.say("record", "", 1, 1)
+
+    def run(self) -> TuneResult:
+        """All stages."""
+        self.prepare()
+        rows = self._profile()
+        self.say("baseline", "loss of the unquantized model", 0, 1)
+        baseline = float(self.meter.baseline().double().mean())
+        budget = self._budget(baseline)
+        self.scale = Additive(limit=budget.max_increase or None) if self.metric_name == "relative_rms" else Additive()
+        self.say("baseline", budget.text, 1, 1)
+        scores = self._scores()
+        isolated = isolated_times(self.workload, rows, [one.scheme for one in self.settings.candidates])
+        latency = self._calibrate(isolated)
+        problem = self._problem(isolated, latency, scores)
+        limits = self._limits(budget)
+        found = self._search(problem, limits)
+        finalists = {str(number): point for number, point in enumerate(found.finalists)}
+        times = self.timer.time({label: layers_of(problem, one) for label, one in finalists.items()}, "verify")
+        evidence = Evidence(
+            search=found,
+            finalists=finalists,
+            times=times,
+            limits=limits,
+            budget=budget,
+            latency=latency,
+            workload=self.workload,
+            scale=self.scale,
+            how=self.timer.how(),
+        )
+        choice = choose(evidence)
+        if choice is None:
+            self.note(f"No plan within the budget ({budget.text}) beats the unquantized model: nothing is quantized.")
+        plan = finished_plan(evidence, choice, self._provenance(budget, limits))
+        return TuneResult(
+            plan=plan,
+            workload=self.workload,
+            notes=tuple(self.notes),
+            front_rows=front_rows(evidence, choice),
+            measurement_rows=rows,
+            sensitivity_rows=scores,
+            problem=found.refitted,
+            budget=limits,
+            scale=self.scale,
+            metric=self.metric_name,
+            baseline_loss=baseline,
+            packed=self.store.taken(plan.layers),
+        )
+
+    @property
+    def metric_name(self) -> str:
+        """What plans are judged by."""
+        return "eval_fn" if self.settings.eval_fn is not None else self.meter.metric.name
+
+    def weight_bytes(self, plan: Assignment) -> int:
+        """Bytes of all the model's weights under a plan."""
+        found = self._other_bytes()
+        for layer in self.workload.quantizable:
+            found += self._bytes(layer, schemes.parse(plan.get(layer.name, NONE)))
+        return found
+
+    def _provenance(self, budget: LossBudget, limits: Budget) -> dict[str, Any]:
+        """Everything about the run that is not a measured figure."""
+        unit = "eval_fn's" if self.settings.eval_fn is not None else self.meter.metric.unit
+        shapes = json.dumps([(one.name, one.n, one.k) for one in self.workload.layers])
+        return {
+            "autoq": version("autoq"),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seed": self.settings.seed,
+            "request": self.settings.request(),
+            "budget": {
+                "metric": self.metric_name,
+                "unit": unit,
+                "text": budget.text,
+                "baseline": budget.baseline,
+                "max_increase": limits.max_loss,
+                "objective": limits.objective,
+                "max_latency_us": limits.max_time_us,
+                "max_weight_bytes": limits.max_bytes,
+            },
+            "device": self.fingerprint.to_json(),
+            "versions": {"torch": str(torch.__version__), "optuna": version("optuna")},
+            "model": {
+                "class": type(self.model).__name__,
+                "weights": self.weights_hash,
+                "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+            },
+            "notes": list(self.notes),
+        }
+
+    def say(self, stage: str, text: str, done: int, total: int) -> None:
+        """Tell the user's callback, if there is one."""
+        if self._progress is not None:
+            self._progress(stage, text, done, total)
+
+    def note(self, text: str) -> None:
+        """Keep a decision autoq took by itself, for the result and the plan."""
+        self.notes.append(text)
+        _log.info(text)
+
+    # -- inputs ----------------------------------------------------------------------------------------------------
+
+    def _batches(self, given: Any, phases: Mapping[str, Phase] | None) -> list[Batch]:
+        if given is None:
+            if not phases:
+                raise InputError("tune() needs batches or phases", fix="Pass inputs that the model will really see.")
+            given = [one for phase in phases.values() for one in as_batches(phase.inputs)]
+        batches = as_batches(given)
+        if not is_causal_lm(self.model) or self.settings.loss_fn is not None:
+            return batches
+        rows = [one.clone() for one in language.tokens_of(batches)]  # clones of inference tensors can be differentiated
+        more = language.extended(self.model, rows, seed=self.settings.seed)
+        if more is not rows:
+            added = sum(one.numel() for one in more) - sum(one.numel() for one in rows)
+            self.note(f"{added} tokens sampled from the model extend the given text to judge accuracy by.")
+        return [Batch.of({"input_ids": part}) for one in more for part in torch.split(one, BATCH_ROWS)]
+
+    def _default_phases(self) -> dict[str, Phase]:
+        if not is_causal_lm(self.model):
+            batches = self.batches[:_TIMED_BATCHES]
+            return {"forward": Phase([one.given for one in batches], 1 / len(batches))}
+        made = language.synthesised_phases(self.model, language.tokens_of(self.batches)[0])
+        calls = ", ".join(f"{name} × {phase.calls:g}" for name, phase in made.items())
+        self.note(f"No phases were given: a request is taken to be {calls} (see autoq.Phase).")
+        return made
+
+    def _budget(self, baseline: float) -> LossBudget:
+        return loss_budget(
+            self.metric_name,
+            baseline,
+            max_degradation=self.settings.max_degradation,
+            max_increase=self.settings.max_increase,
+        )
+
+    def _limits(self, budget: LossBudget) -> Budget:
+        objective = self.settings.objective
+        return Budget(
+            objective=objective,
+            max_loss=None if objective == "loss" else budget.max_increase,
+            max_time_us=self.settings.max_latency_us,
+            max_bytes=self.settings.max_weight_bytes,
+        )
+
+    # -- measurements ----------------------------------------------------------------------------------------------
+
+    def _profile(self) -> list[dict[str, Any]]:
+        return profile(
+            self.workload,
+            self.settings.candidates,
+            device_key=self.fingerprint.key,
+            known=self.profiles.rows(),
+            keep=self.profiles.append,
+            progress=lambda text, done, total: self.say("profile", text, done, total),
+        )
+
+    def _identity(self) -> dict[str, str]:
+        """What losses depend on: weights, inputs, metric, version."""
+        tensors = [one for batch in self.batches for one in (*batch.args, *batch.kwargs.values())]
+        return {
+            "weights": self.weights_hash,
+            "batches": sensitivity.content_hash([one for one in tensors if isinstance(one, Tensor)]),
+            "metric": self.metric_name,
+            "autoq": version("autoq"),
+            "seed": str(self.settings.seed),
+        }
+
+    @property
+    def weights_hash(self) -> str:
+        """Hash of every parameter and buffer, made once."""
+        if not hasattr(self, "_weights_hash"):
+            self._weights_hash = sensitivity.content_hash([*self.model.parameters(), *self.model.buffers()])
+        return self._weights_hash
+
+    def _scores(self) -> list[dict[str, Any]]:
+        """Sensitivity rows of all layers and candidates; only schemes without cached rows are scored."""
+        cache = SensitivityCache(self.folder, self._identity())
+        have = {(row["layer"], row["scheme"]): row for row in cache.rows()}
+        wanted = [one for one in self.settings.candidates if one.key != "none"]
+        missing = [one for one in wanted if any((layer, str(one.scheme)) not in have for layer in self.layers)]
+        if missing:
+            new = sensitivity.scores(
+                self.model,
+                self._scored(),
+                self.meter.metric,
+                self.store,
+                missing,
+                seed=self.settings.seed,
+                progress=lambda text, done, total: self.say("sensitivity", text, done, total),
+            )
+            cache.append(new)
+            have |= {(row["layer"], row["scheme"]): row for row in new}
+        return [
+            have[layer, str(one.scheme)] for layer in self.layers for one in wanted if (layer, str(one.scheme)) in have
+        ]
+
+    def _scored(self) -> list[Batch]:
+        """The batches that gradients are taken on: the first ones, up to a number of tokens or batches."""
+        chosen: list[Batch] = []
+        tokens = 0
+        for batch in self.batches:
+            ids = batch.kwargs.get("input_ids")
+            tokens += ids.numel() if isinstance(ids, Tensor) else 0
+            chosen.append(batch)
+            if tokens >= _SCORED_TOKENS or (tokens == 0 and len(chosen) >= _SCORED_BATCHES):
+                break
+        return chosen
+
+    def _calibrate(self, isolated: Mapping[tuple[str, Scheme, str], float]) -> LatencyModel:
+        """Fit the latency model to whole-model times of the uniform plans, measured once per model and device."""
+        plans = {str(one.scheme): self._uniform(one.scheme, isolated) for one in self.settings.candidates}
+        key = {
+            "weights": self.weights_hash,
+            "device": self.fingerprint.key,
+            "plans": {label: Plan(layers=plan).hash for label, plan in plans.items()},
+            "phases": sorted((call.phase, call.layer, call.m, call.count) for call in self.workload.calls),
+            "compile": sorted(map(str, self.compile_arguments.items())),
+        }
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        place = self.folder / "calibration" / f"{name}.json"
+        times = _read_times(place, plans)
+        if times is None:
+            found = self.timer.time({label: plan for label, plan in plans.items() if label != str(NONE)}, "calibrate")
+            found[str(NONE)] = found.pop(UNQUANTIZED)
+            times = {label: {phase: t.median_us for phase, t in one.items()} for label, one in found.items()}
+            text = json.dumps({"key": key, "times_us": times}, indent=1) + "\n"
+            write_atomic(place, lambda temporary: temporary.write_text(text), CacheError)
+        return fit_latency(self.workload, isolated, [(plans[label], times[label]) for label in times])
+
+    def _uniform(self, scheme: Scheme, isolated: Mapping[tuple[str, Scheme, str], float]) -> dict[str, Scheme]:
+        """The scheme on every layer that can have it."""
+        phase = self.workload.phases[0].name
+        return {layer: scheme if (layer, scheme, phase) in isolated else NONE for layer in self.layers}
+
+    # -- search ----------------------------------------------------------------------------------------------------
+
+    def _problem(
+        self,
+        isolated: Mapping[tuple[str, Scheme, str], float],
+        latency: LatencyModel,
+        scores: Sequence[Mapping[str, Any]],
+    ) -> Problem:
+        score = {(row["layer"], row["scheme"]): row["score"] for row in scores}
+        phases = [phase.name for phase in self.workload.phases]
+        units = []
+        for layer in self.workload.quantizable:
+            options = []
+            for candidate in self.settings.candidates:
+                scheme = candidate.scheme
+                if (layer.name, scheme, phases[0]) not in isolated:
+                    continue
+                time = sum(latency.calls[p] * latency.layer_us(layer.name, scheme, p) for p in phases)
+                loss = 0.0 if scheme == NONE else self.scale.score(score[layer.name, str(scheme)])
+                options.append(Option(scheme=str(scheme), time_us=time, loss=loss, bytes=self._bytes(layer, candidate)))
+            units.append(Unit(name=layer.name, layers=(layer.name,), options=tuple(options)))
+        fixed = sum(latency.calls[phase] * latency.fixed_us[phase] for phase in phases)
+        return Problem(units=tuple(units), fixed_time_us=fixed, fixed_bytes=self._other_bytes())
+
+    def _bytes(self, layer: LayerInfo, candidate: Candidate) -> int:
+        """Bytes the layer adds to the model; an unquantized tied layer adds none, its weight is the embedding's."""
+        if candidate.key != "none":
+            return candidate.weight_bytes_for(layer.n, layer.k)
+        return 0 if layer.tied_to else self.store.weight(layer.name).nbytes
+
+    def _other_bytes(self) -> int:
+        """Bytes of all parameters that no decision changes."""
+        infos = {layer.name: layer for layer in self.workload.quantizable}
+        decided = {self.store.weight(name).data_ptr() for name, info in infos.items() if not info.tied_to}
+        found = {p.data_ptr(): p.nbytes for p in self.model.parameters() if p.data_ptr() not in decided}
+        return sum(found.values())
+
+    def _search(self, problem: Problem, budget: Budget) -> SearchResult:
+        def evaluate(assignment: Mapping[str, str], fidelity: int) -> Evaluation:
+            plan = {layer: Scheme.parse(text) for layer, text in assignment.items()}
+            found = self.meter.difference(plan, fidelity)
+            mean, low, high = (self.scale.to(one) for one in (found.mean, found.low, found.high))
+            return Evaluation(loss_delta=mean, low=low, high=high, samples=found.samples)
+
+        offered = [str(one.scheme) for one in self.settings.candidates]
+        identity = json.dumps(self._identity(), sort_keys=True)
+        return search.search(
+            problem,
+            evaluate=evaluate,
+            budget=budget,
+            families={unit.name: family(unit.name, self.layers) for unit in problem.units},
+            uniform={name: problem.uniform(name) for name in offered},
+            storage=self.settings.storage or str(self.folder / "studies" / f"{self.weights_hash}.journal"),
+            fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+            n_trials=self.settings.n_trials,
+            fidelities=len(self.meter.levels),
+            seed=self.settings.seed,
+            progress=lambda done, total, text: self.say("search", text, done, total),
+        )
+
+
+class Timer:
+    """End-to-end times of one tuning's model, compiled when the first are asked for."""
+
+    def __init__(self, tuning: Tuning) -> None:
+        self._tuning = tuning
+        self._end_to_end: EndToEnd | None = None
+
+    def time(self, plans: Mapping[str, Assignment], stage: str) -> dict[str, dict[str, Timing]]:
+        """Label → phase → time of one pass; the unquantized model's is added."""
+        tuning = self._tuning
+        if self._end_to_end is None:
+            self._end_to_end = EndToEnd(
+                tuning.model,
+                tuning.store,
+                tuning.phases,
+                compile_arguments=tuning.compile_arguments,
+                progress=lambda text, done, total: tuning.say("compile", text, done, total),
+            )
+        tuning.say(stage, f"{len(plans) + 1} plans end to end", 0, 1)
+        found = self._end_to_end.time(plans)
+        tuning.say(stage, "", 1, 1)
+        return found
+
+    def how(self) -> dict[str, str]:
+        """Phase → how it was compiled."""
+        return dict(self._end_to_end.how) if self._end_to_end is not None else {}
+
+
+def check_weights(model: nn.Module, filter_fn: FilterFn | None = None) -> None:
+    """Refuse a model without linear layers, or with NaN or infinite weights in one that may be quantized.
+
+    Raises:
+        ModelError: naming the layer.
+    """
+    sites = find_linears(model, filter_fn)
+    if not sites:
+        raise ModelError(
+            "the model has linear layers (nn.Linear)",
+            where=type(model).__name__,
+            got="none",
+            fix="autoq quantizes nn.Linear only; convolutions and other weights stay as they are.",
+        )
+    for site in sites:
+        if site.reason is None and not bool(torch.isfinite(site.module.weight).all()):
+            count = int((~torch.isfinite(site.module.weight)).sum())
+            raise ModelError(
+                "weights must be finite numbers",
+                where=site.name,
+                got=f"{count} NaN or infinite values",
+                fix="Repair the checkpoint, or leave the layer out with filter_fn.",
+            )
+
+
+def compile_arguments(model: nn.Module) -> dict[str, Any]:
+    """The arguments a compiled model was compiled with, as far as ``torch.compile`` keeps them; empty if it was not."""
+    context = getattr(model, "dynamo_ctx", None)
+    if context is None:
+        return {}
+    found: dict[str, Any] = {}
+    backend = getattr(context, "callback", None)
+    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
+        backend = inner
+    if callable(backend):
+        found["backend"] = backend
+    if getattr(context, "_dynamic", None) is not None:
+        found["dynamic"] = context._dynamic
+    return found
+
+
+def family(layer: str, layers: Sequence[str]) -> str:
+    """The family a layer's predicted loss is corrected with: by its role, and by whether it is near an end."""
+    role = "other"
+    for name, pattern in _ROLES:
+        if re.search(pattern, layer):
+            role = name
+            break
+    numbers = sorted({int(found[1]) for one in layers if (found := _BLOCK.search(one))})
+    mine = _BLOCK.search(layer)
+    if mine is None or len(numbers) <= 2 * _END_BLOCKS:
+        return role
+    if int(mine[1]) in numbers[:_END_BLOCKS]:
+        return "first blocks"
+    return "last blocks" if int(mine[1]) in numbers[-_END_BLOCKS:] else role
+
+
+_BLOCK = re.compile(r"\.(\d+)\.")
+_ROLES = (
+    ("lm_head", r"lm_head|embed_out|output_projection|classifier|^head"),
+    ("attention", r"att|query|key|value|[qkvo]_proj|qkv|out_proj"),
+    ("mlp", r"mlp|ffn|fc\d|feed_forward|intermediate|gate|up_proj|down_proj|dense|linear\d"),
+)
+
+
+def _read_times(place: Path, plans: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
+    """Calibration times from the cache; None if they were not measured. A damaged file is measured again, aloud."""
+    if not place.exists():
+        return None
+    try:
+        times = json.loads(place.read_text())["times_us"]
+        found = {label: {phase: float(time) for phase, time in times[label].items()} for label in plans}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as problem:
+        _log.warning("%s is not readable (%s); the plans are timed again", place, problem)
+        return None
+    return found

@@ -1,0 +1,197 @@
+"""From the finalists' measured times to the verdict: which plan wins, and the record of why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autoq.evaluation import Additive, LossBudget
+from autoq.plan import Plan
+from autoq.profiler import LatencyModel, Timing
+from autoq.profiler.end_to_end import UNQUANTIZED
+from autoq.scheme import Scheme
+from autoq.search import Budget, PlanPoint, Problem, SearchResult
+from autoq.shadow import NONE
+from autoq.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What the verdict rests on.
+
+    Attributes:
+        search: everything the search measured.
+        finalists: label → plan that was timed end to end.
+        times: label → phase → timing of one pass; the unquantized model's under ``UNQUANTIZED``.
+        limits: what the search was held to.
+        budget: the loss limit as the user was told it.
+        latency: predicts times.
+        workload: layers and phases.
+        scale: brings the search's losses back to the metric's.
+        how: phase → how it was compiled.
+    """
+
+    search: SearchResult
+    finalists: Mapping[str, PlanPoint]
+    times: Mapping[str, Mapping[str, Timing]]
+    limits: Budget
+    budget: LossBudget
+    latency: LatencyModel
+    workload: Workload
+    scale: Additive
+    how: Mapping[str, str]
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that were decided."""
+        return [layer.name for layer in self.workload.quantizable]
+
+    @property
+    def none(self) -> PlanPoint:
+        """The unquantized model as the search measured it."""
+        wanted = self.search.refitted.uniform(str(NONE))
+        return next(point for point in self.search.points if point.assignment == wanted)
+
+    def request_us(self, label: str, field: str = "median_us") -> float:
+        """Measured time of one request: the sum over phases of calls × pass."""
+        phases = self.workload.phases
+        return float(sum(phase.calls * getattr(self.times[label][phase.name], field) for phase in phases))
+
+    def within(self, label: str) -> bool:
+        """Whether a finalist meets the limits; its latency counts as measured, not as modelled."""
+        point, limits = self.finalists[label], self.limits
+        if limits.max_loss is not None and point.evaluation.high > limits.max_loss:
+            return False
+        if limits.max_bytes is not None and point.bytes > limits.max_bytes:
+            return False
+        return limits.max_time_us is None or self.request_us(label) <= limits.max_time_us
+
+
+def layers_of(problem: Problem, point: PlanPoint) -> dict[str, Scheme]:
+    """Layer → scheme of a measured plan."""
+    return {name: Scheme.parse(text) for name, text in problem.schemes(point.assignment).items()}
+
+
+def choose(evidence: Evidence) -> str | None:
+    """The label of the best finalist within the limits, as measured; None when the unquantized model is no worse."""
+    objective = evidence.limits.objective
+
+    def value(label: str) -> float:
+        point = evidence.finalists[label]
+        return evidence.request_us(label) if objective == "latency" else point.value(evidence.limits.metric)
+
+    good = [label for label in evidence.finalists if evidence.within(label)]
+    best = min(good, key=value, default=None)
+    if best is None or evidence.finalists[best].assignment == evidence.none.assignment:
+        return None
+    if objective == "latency" and value(best) >= evidence.request_us(UNQUANTIZED):
+        return None
+    return best
+
+
+def finished_plan(evidence: Evidence, choice: str | None, provenance: Mapping[str, Any]) -> Plan:
+    """The plan with its measured and predicted figures."""
+    point = evidence.none if choice is None else evidence.finalists[choice]
+    layers = layers_of(evidence.search.refitted, point)
+    latency = evidence.latency
+    figures = {
+        "study": evidence.search.study_name,
+        "measured": _measured(evidence, choice, point),
+        "predicted": {
+            "loss_delta": evidence.scale.back(point.predicted_loss),
+            "latency_us": latency.request_us(layers, evidence.layers),
+            "phases": {name: latency.pass_us(layers, evidence.layers, name) for name in latency.calls},
+            "latency_error": _prediction_errors(evidence),
+        },
+        "certificate": _certificate(evidence.search),
+    }
+    phases = {phase.name: phase.calls for phase in evidence.workload.phases}
+    return Plan(layers=layers, phases=phases, provenance={**provenance, **figures})
+
+
+def _measured(evidence: Evidence, choice: str | None, point: PlanPoint) -> dict[str, Any]:
+    label = choice or UNQUANTIZED
+    now, before = evidence.times[label], evidence.times[UNQUANTIZED]
+    return {
+        **_losses(evidence, point),
+        "samples": point.evaluation.samples,
+        "baseline_loss": evidence.budget.baseline,
+        "latency_us": evidence.request_us(label),
+        "baseline_latency_us": evidence.request_us(UNQUANTIZED),
+        "phases": {
+            phase.name: {
+                "time_us": now[phase.name].median_us,
+                "low_us": now[phase.name].low_us,
+                "high_us": now[phase.name].high_us,
+                "baseline_us": before[phase.name].median_us,
+                "baseline_low_us": before[phase.name].low_us,
+                "baseline_high_us": before[phase.name].high_us,
+                "calls": phase.calls,
+                "compiled": evidence.how.get(phase.name, ""),
+            }
+            for phase in evidence.workload.phases
+        },
+        "weight_bytes": point.bytes,
+        "baseline_weight_bytes": evidence.none.bytes,
+    }
+
+
+def _losses(evidence: Evidence, point: PlanPoint) -> dict[str, float]:
+    """A plan's measured loss with its interval, in the metric's unit."""
+    back, found = evidence.scale.back, point.evaluation
+    return {"loss_delta": back(found.loss_delta), "loss_low": back(found.low), "loss_high": back(found.high)}
+
+
+def _prediction_errors(evidence: Evidence) -> dict[str, float]:
+    """Largest relative error of predicted over measured time, both as ratios to the unquantized model, per phase."""
+    latency, layers = evidence.latency, evidence.layers
+    errors = dict.fromkeys(latency.calls, 0.0)
+    for label, point in evidence.finalists.items():
+        plan = layers_of(evidence.search.refitted, point)
+        for phase in errors:
+            predicted = latency.pass_us(plan, layers, phase) / latency.pass_us({}, layers, phase)
+            measured = evidence.times[label][phase].median_us / evidence.times[UNQUANTIZED][phase].median_us
+            errors[phase] = max(errors[phase], abs(predicted / measured - 1))
+    return errors
+
+
+def _certificate(result: SearchResult) -> dict[str, float] | None:
+    found = result.certificate
+    if found is None:
+        return None
+    return {"value": found.value, "bound": found.bound, "gap": found.gap, "loss_error": found.loss_error}
+
+
+def front_rows(evidence: Evidence, choice: str | None) -> list[dict[str, Any]]:
+    """One row of the front's table per plan that was measured."""
+    problem = evidence.search.refitted
+    none = evidence.none
+    timed = {point.assignment: label for label, point in evidence.finalists.items()} | {none.assignment: UNQUANTIZED}
+    winner = (none if choice is None else evidence.finalists[choice]).assignment
+    rows = []
+    for point in evidence.search.points:
+        label = timed.get(point.assignment)
+        fields = ("median_us", "low_us", "high_us")
+        median, low, high = (None if label is None else evidence.request_us(label, field) for field in fields)
+        rows.append(
+            {
+                "plan": Plan(layers=layers_of(problem, point)).hash,
+                "source": point.source,
+                "label": point.label if point.source == "uniform" else "",
+                "loss_predicted": evidence.scale.back(point.predicted_loss),
+                **_losses(evidence, point),
+                "samples": point.evaluation.samples,
+                "latency_predicted_us": point.time_us,
+                "latency_measured_us": median,
+                "latency_low_us": low,
+                "latency_high_us": high,
+                "weight_bytes": point.bytes,
+                "in_budget": point.full and point.excess(evidence.limits) == 0,
+                "pareto": point in evidence.search.pareto,
+                "chosen": point.assignment == winner and point.full,
+                "assignment": json.dumps(problem.schemes(point.assignment)),
+            }
+        )
+    return rows

@@ -1,0 +1,201 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from autoq import losses
+from autoq.errors import InputError
+from autoq.evaluation import Additive, LossMeter, loss_budget, paired
+from autoq.losses import Batch, OutputKL, RelativeRMS, TokenNLL, as_batches, perplexity, token_nll
+from autoq.scheme import Scheme
+from autoq.shadow import PackedStore, Shadow, share_weights
+
+
+class Logits(nn.Module):
+    """Fixed logits, whatever the tokens."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, tokens):
+        return self.logits.expand(*tokens.shape, -1)
+
+
+def test_perplexity_of_uniform_logits_is_the_vocabulary():
+    rows = torch.randint(0, 50, (3, 7))
+    assert perplexity(Logits(torch.zeros(50)), rows) == pytest.approx(50, rel=1e-6)
+
+
+def test_perplexity_is_the_exponential_of_the_mean_over_predicted_tokens():
+    torch.manual_seed(0)
+    logits, rows = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5))
+    by_hand = [-torch.log_softmax(logits[r, t], 0)[rows[r, t + 1]].item() for r in range(2) for t in range(4)]
+    assert math.exp(token_nll(logits, rows).double().mean()) == pytest.approx(math.exp(sum(by_hand) / 8), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(3, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long)])
+def test_perplexity_refuses_rows_without_a_predicted_token(rows):
+    with pytest.raises(InputError, match="token_rows"):
+        perplexity(Logits(torch.zeros(5)), rows)
+
+
+def test_batches_in_every_form():
+    x = torch.ones(2, 3)
+    assert [len(as_batches(form)) for form in (x, {"x": x}, [x, x], iter([x]), [(x, x)], lambda: {"x": x})] == [
+        1, 1, 2, 1, 1, 1,
+    ]  # fmt: skip
+    assert Batch.of((x, x)).args == (x, x)
+    assert Batch.of({"a": x}).kwargs == {"a": x}
+
+
+@pytest.mark.parametrize("nothing", [[], torch.empty(0, 4), [torch.empty(0)], 7])
+def test_empty_batches_are_refused(nothing):
+    with pytest.raises(InputError, match="batches"):
+        as_batches(nothing)
+
+
+def test_kl_and_relative_rms_are_zero_for_the_model_itself_and_known_for_a_change():
+    logits = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+    batch = Batch.of(logits)
+    kl = OutputKL()
+    assert kl.losses({"logits": logits}, 0, batch).tolist() == [0.0, 0.0]
+    changed = kl.losses({"logits": torch.tensor([[math.log(3.0), 0.0], [2.0, 0.0]])}, 0, batch)
+    assert changed[0].item() == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), rel=1e-5)
+    rms = RelativeRMS()
+    rms.losses(torch.tensor([[3.0, 4.0]]), 0, batch)
+    assert rms.losses(torch.tensor([[3.0, 4.5]]), 0, batch).item() == pytest.approx(0.1, rel=1e-6)
+
+
+def test_token_nll_does_not_depend_on_how_many_rows_are_taken_at_once(monkeypatch):
+    torch.manual_seed(1)
+    logits, rows = torch.randn(6, 9, 13), torch.randint(0, 13, (6, 9))
+    whole = token_nll(logits, rows)
+    monkeypatch.setattr(losses, "_ROW_TOKENS", 9)
+    assert torch.equal(token_nll(logits, rows), whole)
+
+
+def test_a_paired_interval_covers_the_truth_nineteen_times_in_twenty():
+    generator = torch.Generator().manual_seed(0)
+    inside = 0
+    for trial in range(200):
+        baseline = torch.randn(32, generator=generator)
+        change = 0.1 + 0.05 * torch.randn(32, generator=generator)
+        found = paired(baseline + change, baseline, seed=trial)
+        inside += found.low <= 0.1 <= found.high
+    assert 180 <= inside <= 199  # 95 %, less what a bootstrap of 32 samples misses
+
+
+def test_pairing_removes_what_samples_have_in_common():
+    torch.manual_seed(0)
+    baseline = 100 * torch.randn(32)
+    found = paired(baseline + 0.01, baseline)
+    assert found.mean == pytest.approx(0.01, abs=1e-5)
+    assert found.high - found.low < 1e-4
+
+
+def test_the_perplexity_budget_is_a_ratio_and_others_are_as_documented():
+    nll = loss_budget("nll", 3.0, max_degradation=0.05, max_increase=None)
+    assert nll.max_increase == pytest.approx(math.log(1.05))
+    assert loss_budget("kl", 0.0, max_degradation=0.05, max_increase=None).max_increase == 0.01
+    assert loss_budget("eval_fn", 2.0, max_degradation=0.05, max_increase=None).max_increase == pytest.approx(0.1)
+    assert loss_budget("eval_fn", 0.0, max_degradation=0.05, max_increase=0.3).max_increase == 0.3
+    for baseline in (0.0, -1.0):
+        with pytest.raises(InputError, match="max_increase"):
+            loss_budget("eval_fn", baseline, max_degradation=0.05, max_increase=None)
+
+
+def test_squares_add_up_on_the_additive_scale():
+    scale = Additive(limit=0.05)
+    assert scale.to(0.05) == pytest.approx(0.05)
+    assert scale.back(scale.to(0.03) + scale.to(0.04)) == pytest.approx(0.05)
+    assert Additive().to(0.3) == Additive().back(0.3) == 0.3
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 8)).eval()
+
+
+def test_a_shadow_shares_weights_changes_scheme_and_leaves_the_model_alone():
+    model = small_model()
+    store = PackedStore(model, ["0", "2"])
+    shadow = Shadow(model, store)
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        wanted = model(x)
+        assert torch.equal(shadow.model(x), wanted)
+        shadow.assign({"0": Scheme.parse("int4wo-hqq(group_size=64)")})
+        assert not torch.equal(shadow.model(x), wanted)
+        shadow.assign({})
+        assert torch.equal(shadow.model(x), wanted)
+    assert type(model[0]) is nn.Linear
+    assert share_weights(model)[0].weight is model[0].weight
+
+
+def test_the_store_packs_once_and_forgets_the_least_recently_used():
+    model = small_model()
+    from autoq import candidates
+
+    int8 = candidates.parse("int8wo")
+    store = PackedStore(model, ["0", "2"], limit_bytes=1)
+    first = store.get("0", int8)
+    assert store.get("0", int8) is first
+    store.get("2", int8)
+    assert store.get("0", int8) is not first
+    assert store.taken({"0": int8.scheme, "2": int8.scheme}).keys() == {"0"}
+
+
+def test_exact_products_leave_no_trace_and_agree_with_the_model():
+    model = small_model().bfloat16()
+    shadow = Shadow(model, PackedStore(model, ["0", "2"]))
+    x = torch.randn(5, 64).bfloat16()
+    with torch.no_grad():
+        with shadow.exact_products():
+            exact = shadow.model(x)
+        assert "forward" not in shadow.model[0].__dict__
+        assert torch.allclose(exact.float(), model(x).float(), rtol=0.02, atol=0.01)
+
+
+class Meter:
+    """A LossMeter over a small model with eight samples in four batches."""
+
+    def __init__(self, **arguments):
+        self.model = small_model()
+        self.batches = as_batches(list(torch.randn(4, 2, 64)))
+        self.meter = LossMeter(
+            Shadow(self.model, PackedStore(self.model, ["0", "2"])), RelativeRMS(), self.batches, **arguments
+        )
+
+
+def test_a_meter_measures_more_rows_at_the_higher_fidelity():
+    meter = Meter().meter
+    plan = {"0": Scheme.parse("fp6(format=e3m2)")}
+    few, many = meter.difference(plan, 0), meter.difference(plan, 1)
+    assert (few.samples, many.samples) == (2, 8)
+    assert 0.01 < many.low < many.mean < many.high < 0.2
+
+
+def test_a_scalar_eval_fn_is_repeated_and_a_vector_one_is_paired():
+    calls = []
+
+    def scalar(model):
+        calls.append(model)
+        return 1.0
+
+    meter = Meter(eval_fn=scalar).meter
+    assert meter.difference({}).samples == 3
+    assert len(calls) == 6
+    vector = Meter(eval_fn=lambda model: model[0](torch.ones(4, 64)).abs().mean(dim=1)).meter
+    assert vector.difference({}).samples == 4
+
+
+def test_a_nan_loss_is_refused_by_name():
+    with pytest.raises(InputError, match=r"eval_fn.*NaN"):
+        Meter(eval_fn=lambda model: math.nan).meter.baseline()
+    meter = Meter()
+    meter.model[2].bias.data.fill_(math.nan)
+    with pytest.raises(InputError, match=r"relative_rms.*NaN"):
+        meter.meter.baseline()
+    assert TokenNLL().unit == "nats per token"

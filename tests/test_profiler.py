@@ -1,0 +1,212 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from autoq import candidates
+from autoq.candidates import Candidate
+from autoq.errors import CacheError, InputError
+from autoq.profiler import EndToEnd, Timing, fit_latency, interleaved, isolated_times, profile, shapes_of
+from autoq.profiler import isolated as isolated_module
+from autoq.profiler.end_to_end import UNQUANTIZED, repeated_blocks
+from autoq.scheme import Scheme
+from autoq.shadow import PackedStore
+from autoq.workload import LayerInfo, LinearCall, Phase, PhaseInfo, Workload
+
+NONE, INT8 = candidates.parse("none"), candidates.parse("int8wo")
+SCHEMES = [NONE.scheme, INT8.scheme]
+
+
+def workload(phases=("prefill", "decode")):
+    layer = {"dtype": "bfloat16", "device": "cpu", "bias": False}
+    return Workload(
+        layers=(
+            LayerInfo(name="a", k=64, n=64, **layer),
+            LayerInfo(name="b", k=64, n=64, **layer),
+            LayerInfo(name="never", k=32, n=32, **layer),
+            LayerInfo(name="left", k=64, n=64, reason="left alone", **layer),
+        ),
+        calls=tuple(
+            LinearCall(layer=name, phase=phase, m=16 if phase == "prefill" else 1, dtype="bfloat16", count=1)
+            for phase, name in itertools.product(phases, ("a", "b", "left"))
+        ),
+        phases=tuple(PhaseInfo(name=phase, calls=1 if phase == "prefill" else 10) for phase in phases),
+    )
+
+
+def test_quantiles_are_of_the_measurements():
+    timing = Timing.of([float(one) for one in range(1, 12)])
+    assert (timing.median_us, timing.low_us, timing.high_us, timing.repeats) == (6, 2, 10, 11)
+    with pytest.raises(InputError):
+        Timing.of([])
+
+
+def test_rounds_are_interleaved_and_the_first_is_not_counted():
+    order = []
+    found = interleaved(
+        {name: lambda name=name: order.append(name) for name in "ab"}, budget_s=0, min_rounds=3, prepare=None
+    )
+    assert order == list("ab" * 4)
+    assert {name: timing.repeats for name, timing in found.items()} == {"a": 3, "b": 3}
+
+
+def test_each_shape_is_measured_once():
+    assert [(one.m, one.k, one.n) for one in shapes_of(workload())] == [(1, 64, 64), (16, 64, 64)]
+
+
+@pytest.fixture(autouse=True)
+def short_windows(monkeypatch):
+    monkeypatch.setattr(isolated_module, "_SECONDS_PER_SHAPE", 0.0)
+    monkeypatch.setattr(isolated_module, "_MAX_COPIES", 2)
+
+
+def test_a_profile_has_one_row_per_shape_and_scheme_and_measures_nothing_twice():
+    kept = []
+    rows = profile(workload(), [NONE, INT8], device_key="here", keep=kept.append)
+    assert len(rows) == 4
+    assert {row["status"] for row in rows} == {"ok"}
+    int8 = next(row for row in rows if row["scheme"] == "int8wo" and row["m"] == 1)
+    assert int8["weight_bytes"] == 64 * 64 + 64 * 4
+    assert 0 < int8["time_low_us"] <= int8["time_us"] <= int8["time_high_us"]
+    assert int8["ratio"] == pytest.approx(int8["time_us"] / int8["baseline_us"])
+    assert int8["error"] < isolated_module.TOLERANCE[torch.bfloat16]
+    assert "int8" in int8["kernel"]
+    assert len(kept) == 2  # one call per finished shape
+    kept.clear()
+    again = profile(workload(), [NONE, INT8], device_key="here", known=rows, keep=kept.append)
+    assert kept == []
+    assert again == rows
+    profile(workload(), [NONE, INT8], device_key="elsewhere", known=rows, keep=kept.append)
+    assert len(kept) == 2
+
+
+class Broken(type(INT8)):
+    key = "broken"
+
+    def linear(self, x, p, bias=None):
+        return 2 * super().linear(x, p, bias)
+
+
+class Crashing(type(INT8)):
+    key = "crashing"
+
+    def linear(self, x, p, bias=None):
+        raise RuntimeError("no such kernel")
+
+
+class Unable(type(INT8)):
+    key = "unable"
+
+    def why_not(self, op):
+        return "not today"
+
+
+@pytest.mark.parametrize(
+    ("candidate", "status", "reason"),
+    [
+        (Broken(), "wrong", "relative RMS"),
+        (Crashing(), "error", "no such kernel"),
+        (Unable(), "unsupported", "not today"),
+    ],
+)
+def test_a_failure_is_a_row_with_its_reason_and_no_time(candidate: Candidate, status, reason):
+    rows = profile(workload(("decode",)), [NONE, candidate], device_key="here")
+    row = next(row for row in rows if row["scheme"] == candidate.key)
+    assert row["status"] == status
+    assert reason in row["reason"]
+    assert "time_us" not in row or row["time_us"] is None
+    times = isolated_times(workload(("decode",)), rows, [NONE.scheme, candidate.scheme])
+    assert {scheme for _, scheme, _ in times} == {NONE.scheme}
+
+
+def measured(base=100.0, ratio=0.5):
+    shared = {"k": 64, "n": 64, "dtype": "bfloat16", "bias": False, "status": "ok"}
+    return [
+        shared | {"m": m, "scheme": str(scheme), "time_us": base * m * r, "ratio": r}
+        for m, (scheme, r) in itertools.product((1, 16), zip(SCHEMES, (1.0, ratio), strict=True))
+    ]
+
+
+def test_isolated_times_are_ratios_on_one_baseline():
+    times = isolated_times(workload(), measured(), SCHEMES)
+    assert times["a", INT8.scheme, "decode"] == 50
+    assert times["b", NONE.scheme, "prefill"] == 1600
+    assert not [name for name, _, _ in times if name in ("never", "left")]
+    with pytest.raises(CacheError, match="measured"):
+        isolated_times(workload(), measured()[:2], SCHEMES)
+
+
+def test_the_latency_model_meets_uniform_plans_and_interpolates_mixed_ones():
+    isolated = isolated_times(workload(), measured(), SCHEMES)
+
+    # Truth: 300 µs outside the layers, and layers that take 0.8 of their isolated time, int8 ones 0.9.
+    def truth(plan, phase):
+        factors = {NONE.scheme: 0.8, INT8.scheme: 0.9}
+        return 300 + sum(
+            factors[plan.get(name, NONE.scheme)] * isolated[name, plan.get(name, NONE.scheme), phase] for name in "ab"
+        )
+
+    int8 = {"a": INT8.scheme, "b": INT8.scheme}
+    plans = [{}, int8]
+    model = fit_latency(workload(), isolated, [(p, {x: truth(p, x) for x in ("prefill", "decode")}) for p in plans])
+    assert max(model.error.values()) < 1e-9
+    mixed = {"a": INT8.scheme}
+    for phase in ("prefill", "decode"):
+        assert model.pass_us(mixed, "ab", phase) == pytest.approx(truth(mixed, phase), rel=1e-6)
+    assert model.request_us({}, "ab") == pytest.approx(truth({}, "prefill") + 10 * truth({}, "decode"))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(10)])
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def layers_of(model):
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_ten_different_plans_are_timed_on_one_compilation(monkeypatch, blockwise):
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    model = Stack().eval()
+    monkeypatch.setattr("autoq.profiler.end_to_end._BLOCKWISE_ABOVE_S", -1 if blockwise else 1e9)
+    names = layers_of(model)
+    timer = EndToEnd(model, PackedStore(model, names), {"forward": Phase(torch.randn(2, 64))})
+    assert timer.how == {"forward": "10 blocks" if blockwise else "whole"}
+    before = counters["stats"]["unique_graphs"]
+    schemes = [Scheme.parse(one) for one in ("int8wo", "int8dq", "int4wo-hqq(group_size=64)", "fp6(format=e3m2)")]
+    # More distinct plans, and blocks of more kinds, than Dynamo's recompile limit of eight.
+    plans = {
+        str(number): {name: schemes[(number + place) % 4] for place, name in enumerate(names) if place != number}
+        for number in range(10)
+    }
+    times = timer.time(plans, budget_s=0.0, min_rounds=1)
+    assert counters["stats"]["unique_graphs"] == before
+    assert set(times) == {UNQUANTIZED, *plans}
+    assert all(timing["forward"].median_us > 0 for timing in times.values())
+    assert all(type(model.get_submodule(name)) is nn.Linear for name in names)
+
+
+def test_blocks_are_the_longest_list_of_one_class():
+    model = Stack()
+    assert repeated_blocks(model) == list(model.blocks)
+    assert repeated_blocks(nn.Sequential(nn.Linear(2, 2))) == []
