@@ -1,0 +1,205 @@
+"""Compiles, tries out, caches and loads the C++ kernels.
+
+A build is a shared library in the cache folder, named after its instruction set and a hash of all it depends
+on. It is compiled once, tried out once in a child process, and from then on loaded in milliseconds. Where
+nothing can be built, the plain-PyTorch definitions of `autoq_kernels.ops` keep working, and
+`BuildStatus.reason` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from autoq_kernels import ops
+from autoq_kernels.cpu import probe, toolchain
+from autoq_kernels.cpu.toolchain import Isa, KernelBuildError, best_isa
+
+__all__ = ["BuildStatus", "Isa", "KernelBuildError", "best_isa", "default_cache_dir", "kernel_name", "load", "status"]
+
+_log = logging.getLogger(__name__)
+_OPERATORS = ("linear", "dequantize", "kernel_name", "hqq")
+_DEFAULT_OPERATORS = ("linear", "dequantize")
+_REFERENCE = "torch.reference"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildStatus:
+    """What runs autoq's operators on the CPU.
+
+    Attributes:
+        isa: the instruction set of the build; None where the plain-PyTorch definitions run.
+        path: the shared library.
+        operators: the operators it registered.
+        reason: why there is no build, or not the best one; None where all is well.
+    """
+
+    isa: Isa | None
+    path: Path | None
+    operators: tuple[str, ...]
+    reason: str | None
+
+
+def default_cache_dir() -> Path:
+    """``~/.cache/autoq/kernels``."""
+    return Path.home() / ".cache" / "autoq" / "kernels"
+
+
+def load(isa: Isa | None = None, *, cache_dir: Path | None = None, compiler: str | None = None) -> BuildStatus:
+    """Build the kernels if they are not in the cache, and load them into this process.
+
+    The operators appear as ``torch.ops.autoq_<isa>``. With ``isa=None`` the best build that works also becomes
+    the CPU implementation of ``autoq::linear`` and ``autoq::dequantize``. Repeated calls cost nothing.
+
+    Args:
+        isa: one instruction set, refused if it does not work; None tries the best, then the portable one.
+        cache_dir: where builds are kept; None is `default_cache_dir`.
+        compiler: the C++ compiler; None looks for g++ and c++.
+
+    Returns:
+        What was loaded; with ``isa=None`` possibly nothing, with the reason.
+
+    Raises:
+        KernelBuildError: the instruction set asked for cannot be built or does not work here.
+    """
+    folder = cache_dir or default_cache_dir()
+    return _load_best(folder, compiler) if isa is None else _load_one(isa, folder, compiler)
+
+
+def status() -> BuildStatus:
+    """What ``autoq::linear`` runs on the CPU, built first if need be."""
+    return load()
+
+
+def kernel_name(head: Tensor, m: int, dtype: torch.dtype) -> str:
+    """The kernel ``autoq::linear`` runs on the CPU for M rows of x.
+
+    Args:
+        head: uint8 [128], a view of the packed weight's first bytes.
+        m: rows of x.
+        dtype: of x.
+
+    Returns:
+        Such as ``"avx2.int4.gemv"``; ``"torch.reference"`` without a build.
+    """
+    built = status().isa
+    if built is None:
+        return _REFERENCE
+    return cast(str, getattr(torch.ops, f"autoq_{built}").kernel_name(head, m, dtype))
+
+
+def quantize_hqq(
+    groups: Tensor, bits: int, *, beta: float, kappa: float, iterations: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Half-quadratic quantization of groups, compiled; one thread, so that callers divide the rows.
+
+    Args:
+        groups: float32 [..., g] on the CPU, g at most 256, below 2**13 in magnitude.
+        bits: 2 to 8.
+        beta: initial strength of the quadratic penalty.
+        kappa: factor on `beta` per iteration.
+        iterations: iterates judged.
+
+    Returns:
+        Codes uint8 [..., g], scales float16 [...], minima float16 [...]; None without a build.
+    """
+    built = status().isa
+    if built is None:
+        return None
+    operator = getattr(torch.ops, f"autoq_{built}").hqq
+    return cast(tuple[Tensor, Tensor, Tensor], operator(groups, bits, beta, kappa, iterations))
+
+
+@functools.cache
+def _load_best(folder: Path, compiler: str | None) -> BuildStatus:
+    reasons: list[str] = []
+    for isa in dict.fromkeys((best_isa(), cast(Isa, "portable"))):
+        try:
+            built = _load_one(isa, folder, compiler)
+        except KernelBuildError as error:
+            reasons.append(f"{isa}: {error}")
+            _log.warning("autoq's %s CPU kernels are not available: %s", isa, error)
+            continue
+        ctypes.CDLL(str(built.path)).autoq_register_default()
+        operators = (*built.operators, *(f"{ops.NAMESPACE}::{name}" for name in _DEFAULT_OPERATORS))
+        return BuildStatus(isa=isa, path=built.path, operators=operators, reason="; ".join(reasons) or None)
+    return BuildStatus(isa=None, path=None, operators=(), reason="; ".join(reasons))
+
+
+@functools.cache
+def _load_one(isa: Isa, folder: Path, compiler: str | None) -> BuildStatus:
+    missing = toolchain.missing_features(isa)
+    if missing:
+        raise KernelBuildError(f"this processor lacks {', '.join(missing)}, which the {isa} kernels need")
+    path = _ensure_built(isa, folder, toolchain.find_compiler(compiler))
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    operators = tuple(f"autoq_{isa}::{name}" for name in _OPERATORS)
+    return BuildStatus(isa=isa, path=path, operators=operators, reason=None)
+
+
+def _ensure_built(isa: Isa, folder: Path, compiler: toolchain.Compiler) -> Path:
+    """The library's path, compiled and tried out unless the cache has it unharmed."""
+    key = toolchain.build_key(isa, compiler)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    library = folder / f"{isa}-{digest}.so"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(library.with_suffix(".lock")):
+            if not _intact(library):
+                _build(isa, key, library, compiler)
+    except OSError as error:
+        raise KernelBuildError(f"the kernel cache {folder} cannot be used: {error}") from error
+    return library
+
+
+def _build(isa: Isa, key: dict[str, str], library: Path, compiler: toolchain.Compiler) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as scratch:
+        made = toolchain.compile_library(isa, compiler, Path(scratch))
+        broken = probe.failure(made, f"autoq_{isa}")
+        if broken is not None:
+            raise KernelBuildError(f"the {isa} kernels compiled but do not work: {broken}")
+        record = made.with_suffix(".json")
+        record.write_text(json.dumps({"key": key, "sha256": _sha256(made)}, indent=1))
+        made.replace(library)  # the record last: a library without its record is built anew
+        record.replace(library.with_suffix(".json"))
+
+
+def _intact(library: Path) -> bool:
+    """Whether the library is the one its record describes."""
+    record = library.with_suffix(".json")
+    if not (library.exists() and record.exists()):
+        return False
+    try:
+        expected = json.loads(record.read_text())["sha256"]
+    except (ValueError, KeyError, TypeError):
+        _log.warning("the record of %s is damaged; it is built anew", library)
+        return False
+    if expected != _sha256(library):
+        _log.warning("%s is damaged; it is built anew", library)
+        return False
+    return True
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock among processes; the kernel of the system releases it if this one dies."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

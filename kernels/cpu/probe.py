@@ -1,0 +1,118 @@
+"""Tries a build out: every kind of weight, one and several rows, against the plain-PyTorch definition."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autoq_kernels import layout, ops
+from autoq_kernels.layout import Kind
+
+N, K = 6, 75  # neither a multiple of a tile, a vector or a block
+ROWS = (1, 3, 40)
+GROUP_SIZE = 32
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-4, torch.bfloat16: 3e-3}  # relative RMS
+_SECONDS = 300
+
+
+def sample_weights(n: int = N, k: int = K, group_size: int = GROUP_SIZE) -> dict[str, Tensor]:
+    """A packed weight of every kind and bit width, by name, from a fixed seed.
+
+    Args:
+        n: output features.
+        k: input features.
+        group_size: inputs that share a scale, for the affine kinds.
+    """
+    g = torch.Generator().manual_seed(0)
+    groups = -(-k // group_size)
+    weights = {
+        f"int{bits}": layout.build(
+            kind=Kind.AFFINE,
+            bits=bits,
+            n=n,
+            k=k,
+            group_size=group_size,
+            codes=torch.randint(0, 1 << bits, (n, groups * group_size), generator=g, dtype=torch.uint8),
+            scale=(torch.rand(n, groups, generator=g) + 0.5).half(),
+            minimum=(torch.randn(n, groups, generator=g) * 0.1 - 0.5 * (1 << bits)).half(),
+            row_scale=torch.exp2(torch.randint(-8, 0, (n,), generator=g).float()),
+            column_scale=torch.rand(k, generator=g) + 0.5 if bits != 8 else None,
+        )
+        for bits in layout.PLANES
+    }
+    scale = torch.rand(n, generator=g) + 0.5
+    codes = torch.randint(-127, 128, (n, k), generator=g, dtype=torch.int8)
+    for name, activation_bits in (("int8wo", 0), ("int8dq", 8)):
+        weights[name] = layout.build(
+            kind=Kind.INT8, bits=8, n=n, k=k, codes=codes, scale=scale, activation_bits=activation_bits
+        )
+    fp6 = torch.randint(0, 64, (n, -(-k // layout.BLOCK) * layout.BLOCK), generator=g, dtype=torch.uint8)
+    for kind in (Kind.FP6_E3M2, Kind.FP6_E2M3):
+        weights[kind.name.lower()] = layout.build(kind=kind, bits=6, n=n, k=k, codes=fp6, scale=scale)
+    return weights
+
+
+def relative_rms(got: Tensor, expected: Tensor) -> float:
+    """``|got - expected| / |expected|``, root mean square, in float64."""
+    difference = (got.double() - expected.double()).square().sum()
+    return float((difference / expected.double().square().sum().clamp_min(1e-300)).sqrt())
+
+
+def wrong_results(namespace: str) -> list[str]:
+    """What the operators of a build get wrong.
+
+    Args:
+        namespace: such as ``"autoq_avx2"``.
+
+    Returns:
+        One line per wrong result; empty for a good build.
+    """
+    operators = getattr(torch.ops, namespace)
+    wrong: list[str] = []
+    for name, data in sample_weights().items():
+        head = data[: layout.HEADER_BYTES]
+        error = relative_rms(operators.dequantize(head, N, K), ops.dequantize(head, N, K))
+        if not error <= 1e-6:
+            wrong.append(f"dequantize of {name}: relative error {error:.2e}")
+        for m, (dtype, tolerance) in itertools.product(ROWS, TOLERANCE.items()):
+            g = torch.Generator().manual_seed(m)
+            x, bias = torch.randn(m, K, generator=g).to(dtype), torch.randn(N, generator=g).to(dtype)
+            error = relative_rms(operators.linear(x, head, bias, N), ops.linear(x.float(), head, bias, N))
+            if not error <= tolerance:
+                wrong.append(f"linear of {name}, {m} rows of {dtype}: relative error {error:.2e}")
+    return wrong
+
+
+def failure(library: Path, namespace: str) -> str | None:
+    """Try a build in a child process, which a wrong instruction may kill.
+
+    Args:
+        library: the shared library.
+        namespace: of its operators.
+
+    Returns:
+        Why the build must not be used, or None.
+    """
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}\n"
+        f"import torch; torch.ops.load_library({str(library)!r})\n"
+        "from autoq_kernels.cpu import probe\n"
+        f"sys.exit('\\n'.join(probe.wrong_results({namespace!r})) or 0)"
+    )
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"the probe did not run: {error}"
+    if child.returncode == 0:
+        return None
+    if child.returncode < 0:
+        return f"the probe was killed by {signal.Signals(-child.returncode).name}"
+    return f"the probe failed: {child.stderr[-2000:].strip()}"

@@ -1,0 +1,155 @@
+"""The operators autoq::linear and autoq::dequantize: schema, shapes, gradient and plain-PyTorch default.
+
+One operator serves every scheme: ``head`` is a view of the first 128 bytes of a packed weight (see `layout`),
+and the kernel reads from it what to do. The defaults below run on any device and are what the kernels of
+`cpu` and `triton` are held against; those are registered for their device over the default.
+
+``y = x @ W.T + bias``; with 8 activation bits, x is first rounded per token to ``q·amax/127``, q in [-127, 127].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoq_kernels import layout
+from autoq_kernels.layout import Kind
+
+NAMESPACE = "autoq"
+SCHEMAS = (
+    "linear(Tensor x, Tensor head, Tensor? bias, int n) -> Tensor",
+    "dequantize(Tensor head, int n, int k) -> Tensor",
+)
+ACTIVATION_LEVELS = 127
+
+
+def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to int8 levels, symmetrically, half to even.
+
+    Args:
+        x_MK: float [M, K].
+
+    Returns:
+        (q, scale): q float32 [M, K] of whole numbers in [-127, 127] (NaN where x is not finite), and
+        scale float32 [M, 1], amax/127, kept above zero for an all-zero row.
+    """
+    x_MK = x_MK.float()
+    scale = (x_MK.abs().amax(dim=1, keepdim=True) / ACTIVATION_LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.round(x_MK / scale).clamp(-ACTIVATION_LEVELS, ACTIVATION_LEVELS), scale
+
+
+def dequantize(head: Tensor, n: int, k: int) -> Tensor:
+    """The weight a packed buffer stands for, in plain PyTorch.
+
+    Args:
+        head: uint8 [128], a view of the packed weight's first bytes.
+        n: output features, as in the header.
+        k: input features, as in the header.
+
+    Returns:
+        float32 [N, K].
+
+    Raises:
+        layout.LayoutError: not a packed weight, or not of this shape.
+    """
+    data = layout.buffer(head)
+    form = layout.header(data)
+    if (form.n, form.k) != (n, k):
+        raise layout.LayoutError(f"the packed weight is [{form.n}, {form.k}]; the call says [{n}, {k}]")
+    parts, codes_NK = layout.sections(data), layout.codes(data)
+    w_NK: Tensor
+    if form.kind is Kind.DENSE:
+        w_NK = codes_NK.to(torch.float32, copy=True)
+    elif form.kind is Kind.INT8:
+        w_NK = codes_NK.float() * parts["scale"][:, None]
+    elif form.kind is not Kind.AFFINE:
+        w_NK = layout.fp6_values(form.kind).to(head.device)[codes_NK.int()] * parts["scale"][:, None]
+    else:
+        group = torch.arange(k, device=head.device) // form.group_size
+        w_NK = codes_NK.float() * parts["scale"].float()[:, group]
+        if "minimum" in parts:
+            w_NK = w_NK + parts["minimum"].float()[:, group]
+        if "row_scale" in parts:
+            w_NK = w_NK * parts["row_scale"][:, None]
+        if "column_scale" in parts:
+            w_NK = w_NK * parts["column_scale"]
+    return w_NK
+
+
+def linear(x: Tensor, head: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    """Multiply by a packed weight, in plain PyTorch.
+
+    Args:
+        x: float [..., K].
+        head: uint8 [128], a view of the packed weight's first bytes.
+        bias: float [N] or None.
+        n: output features, as in the header.
+
+    Returns:
+        [..., N] in the dtype of `x`; products are summed in float32, or exactly for int8 activations.
+
+    Raises:
+        layout.LayoutError: not a packed weight, or not of this shape.
+    """
+    data = layout.buffer(head)
+    form = layout.header(data)
+    k = x.shape[-1]
+    if (form.n, form.k) != (n, k):
+        raise layout.LayoutError(f"the packed weight is [{form.n}, {form.k}]; the call says [{n}, {k}]")
+    if form.kind is Kind.DENSE:
+        return torch.nn.functional.linear(x, layout.codes(data), bias)
+    x_MK = x.reshape(-1, k)
+    y_MN: Tensor
+    if form.activation_bits:
+        q_MK, scale_M1 = quantize_rows(x_MK)
+        exact_MN = q_MK.double() @ layout.codes(data).double().T  # whole numbers below 2^53: exact
+        y_MN = exact_MN.float() * scale_M1 * layout.sections(data)["scale"]
+    else:
+        y_MN = x_MK.float() @ dequantize(head, n, k).T
+    if bias is not None:
+        y_MN = y_MN + bias.float()
+    return y_MN.to(x.dtype).reshape(*x.shape[:-1], n)
+
+
+def _linear_fake(x: Tensor, head: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _dequantize_fake(head: Tensor, n: int, k: int) -> Tensor:
+    return head.new_empty((n, k), dtype=torch.float32)
+
+
+def _save_head(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, head, bias, n = inputs
+    ctx.save_for_backward(head)
+    ctx.n, ctx.k, ctx.dtype, ctx.bias_dtype = n, x.shape[-1], x.dtype, None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    """The gradient of x (straight through the rounding of int8 activations) and of the bias; none of the weight."""
+    (head,) = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        w_NK = torch.ops.autoq.dequantize(head, ctx.n, ctx.k)
+        grad_x = (grad.float() @ w_NK).to(ctx.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad.reshape(-1, ctx.n).float().sum(dim=0).to(ctx.bias_dtype)
+    return grad_x, None, grad_bias, None
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+    for schema in SCHEMAS:
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    for name, default in (("linear", linear), ("dequantize", dequantize)):
+        library.impl(name, default, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake("autoq::linear", _linear_fake, lib=library)
+    torch.library.register_fake("autoq::dequantize", _dequantize_fake, lib=library)
+    torch.library.register_autograd("autoq::linear", _linear_backward, setup_context=_save_head, lib=library)
+    return library
+
+
+# A Library object undoes its registrations when collected, and a reload of this module keeps its globals.
+_LIBRARY = globals().get("_LIBRARY") or _register()

@@ -1,0 +1,141 @@
+"""Compiling, trying out, caching; and what happens where that fails."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from autoq_kernels.cpu import build, probe, toolchain
+
+CHILD = """
+import sys, torch
+from pathlib import Path
+from autoq_kernels.cpu import build, probe
+from autoq_kernels import layout
+status = build.load({arguments}cache_dir=Path(sys.argv[1]))
+data = probe.sample_weights()["int4"]
+y = torch.ops.autoq.linear(torch.ones(2, probe.K), data[:128], None, probe.N)
+print(repr((status.isa, status.reason, tuple(y.shape))))
+"""
+
+
+def child(folder, arguments=""):
+    command = [sys.executable, "-c", CHILD.format(arguments=arguments), str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def ready():
+    """A good portable build."""
+    return build.load("portable").path
+
+
+@pytest.fixture
+def copying(monkeypatch, ready):
+    """Compiling, replaced by copying the good build; returns how often it happened."""
+    calls = []
+
+    def compile_library(isa, compiler, folder):
+        calls.append(isa)
+        return shutil.copy(ready, folder / "kernels.so")
+
+    monkeypatch.setattr(toolchain, "compile_library", lambda *a: type(ready)(compile_library(*a)))
+    return calls
+
+
+def ensure(folder):
+    return build._ensure_built("portable", folder, toolchain.find_compiler(None))
+
+
+def test_without_a_compiler_the_definition_runs_and_the_reason_is_told(tmp_path):
+    out, err = child(tmp_path, 'compiler="no-such-compiler", ').communicate()
+    isa, reason, shape = eval(out)
+    assert isa is None
+    assert "no-such-compiler" in reason
+    assert shape == (2, probe.N)
+    assert "not available" in err  # the warning
+
+
+def test_an_instruction_set_asked_for_is_refused_not_replaced(tmp_path):
+    with pytest.raises(build.KernelBuildError, match="no C\\+\\+ compiler"):
+        build.load("portable", cache_dir=tmp_path, compiler="no-such-compiler")
+
+
+def test_a_processor_without_the_instructions_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(toolchain, "_cpu_features", lambda: frozenset({"avx2", "f16c"}))
+    assert toolchain.best_isa() == "portable"
+    with pytest.raises(build.KernelBuildError, match="lacks fma"):
+        build.load("avx2", cache_dir=tmp_path)
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text('#!/bin/sh\nif [ "$1" = --version ]; then echo broken 1.0; else echo "no luck"; exit 3; fi\n')
+    broken.chmod(0o755)
+    with pytest.raises(build.KernelBuildError, match="no luck"):
+        build.load("portable", cache_dir=tmp_path / "cache", compiler=str(broken))
+
+
+def test_a_build_is_compiled_once(tmp_path, copying):
+    first = ensure(tmp_path)
+    assert ensure(tmp_path) == first
+    assert copying == ["portable"]
+    record = json.loads(first.with_suffix(".json").read_text())
+    assert record["key"]["torch"] == torch.__version__
+    assert not list(tmp_path.glob(".build-*"))
+
+
+@pytest.mark.parametrize("damage", ["library", "record", "lost record"])
+def test_a_damaged_build_is_made_anew(tmp_path, copying, caplog, damage):
+    library = ensure(tmp_path)
+    if damage == "library":
+        library.write_bytes(library.read_bytes()[:-100])
+    elif damage == "record":
+        library.with_suffix(".json").write_text("{")
+    else:
+        library.with_suffix(".json").unlink()
+    with caplog.at_level(logging.WARNING):
+        ensure(tmp_path)
+    assert len(copying) == 2
+    assert ("damaged" in caplog.text) == (damage != "lost record")
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(build.KernelBuildError, match="cannot be used"):
+        ensure(tmp_path / "file")
+
+
+def test_an_illegal_instruction_kills_the_probe_only(tmp_path):
+    source = tmp_path / "trap.cpp"
+    source.write_text("__attribute__((constructor)) static void trap() { __builtin_trap(); }\n")
+    library = tmp_path / "trap.so"
+    compiler = toolchain.find_compiler(None).path
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    assert "SIGILL" in probe.failure(library, "autoq_trap")
+
+
+def test_a_build_with_wrong_results_is_not_used(monkeypatch, tmp_path, copying):
+    monkeypatch.setattr(probe, "failure", lambda library, namespace: "linear of int4: relative error 1")
+    with pytest.raises(build.KernelBuildError, match="do not work: linear of int4"):
+        ensure(tmp_path)
+    assert not list(tmp_path.glob("*.so"))
+
+
+def test_the_probe_sees_a_wrong_result(monkeypatch, ready):
+    assert probe.wrong_results("autoq_portable") == []
+    monkeypatch.setattr(probe.ops, "dequantize", lambda head, n, k: torch.ones(n, k))
+    assert any("dequantize of int4" in line for line in probe.wrong_results("autoq_portable"))
+
+
+@pytest.mark.slow
+def test_two_processes_build_at_once(tmp_path):
+    children = [child(tmp_path), child(tmp_path)]
+    results = [process.communicate() for process in children]
+    assert [process.returncode for process in children] == [0, 0], results
+    assert results[0][0] == results[1][0] != ""
+    assert len(list(tmp_path.glob("*.so"))) == 1
