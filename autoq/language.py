@@ -15,6 +15,7 @@ from autoq.workload import Phase
 CONTEXT = 512  # tokens of context for the synthesised decode phase, and of the synthesised prompt
 ROOM = 32  # cache slots beyond the context
 ANSWER = 128  # tokens generated per request, the decode phase's calls
+BATCH_ROWS = 4  # token rows per forward pass: logits of 2,048 tokens at a time
 MINIMUM_TOKENS = 2048  # fewer tokens than this cannot tell two plans apart
 
 
@@ -34,6 +35,11 @@ def tokens_of(batches: list[Batch]) -> list[Tensor]:
             )
         found.append(tokens)
     return found
+
+
+def rows_as_batches(rows: list[Tensor]) -> list[Batch]:
+    """Token rows int64 [rows, length] as batches of a few rows each, so that their logits fit in memory."""
+    return [Batch.of({"input_ids": part}) for one in rows for part in torch.split(one, BATCH_ROWS)]
 
 
 def synthesised_phases(

@@ -22,6 +22,10 @@ _FP6_CODES = 64
 _NO_FRACTION = 1.5 * 2**23  # float32 has no bits below 1 there
 
 
+# The published defaults: penalty, its growth per iteration, and how many iterates are judged.
+HQQ_BETA, HQQ_KAPPA, HQQ_ITERATIONS = 10.0, 1.01, 20
+
+
 class Grid(NamedTuple):
     """Affine codes of groups: ``w ≈ codes·scale[..., None] + minimum[..., None]``.
 
@@ -122,7 +126,9 @@ def rtn(w: Tensor, bits: int) -> Grid:
     return Grid(_round(offset).clamp_(0, top).to(torch.uint8), scale, minimum)
 
 
-def hqq(w: Tensor, bits: int, *, beta: float = 10.0, kappa: float = 1.01, iterations: int = 20) -> Grid:
+def hqq(
+    w: Tensor, bits: int, *, beta: float = HQQ_BETA, kappa: float = HQQ_KAPPA, iterations: int = HQQ_ITERATIONS
+) -> Grid:
     """Half-quadratic quantization: the scale of :func:`rtn`, the minimum moved to lower an l_0.7 error.
 
     Badri and Shaji, 2023. Runs in code units, ``w/scale``: on raw weights of a language model every

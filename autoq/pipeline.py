@@ -32,6 +32,7 @@ from autoq.results import TRIALS, Settings, TuneResult
 from autoq.scheme import Scheme
 from autoq.search import Budget, Evaluation, Option, Problem, SearchResult, Unit
 from autoq.shadow import NONE, PackedStore, Shadow
+from autoq.summary import family as role
 from autoq.verdict import Evidence, choose, finished_plan, front_rows, layers_of
 from autoq.workload import LayerInfo, Phase, Workload
 
@@ -39,11 +40,11 @@ _log = logging.getLogger(__name__)
 Progress = Callable[[str, str, int, int], None]
 Assignment = Mapping[str, Scheme]
 
-BATCH_ROWS = 4  # token rows per forward pass: logits of 2,048 tokens at a time
 _SCORED_TOKENS = 2048  # tokens whose gradients are taken
 _SCORED_BATCHES = 8  # the same for models without tokens
 _TIMED_BATCHES = 8  # batches of a phase that the user did not name
 _END_BLOCKS = 2  # this many first and last blocks are families of their own
+_BLOCK = re.compile(r"\.(\d+)\.")  # a block's number in a layer's name
 
 
 def tune(
@@ -304,7 +305,7 @@ class Tuning:
         if more is not rows:
             added = sum(one.numel() for one in more) - sum(one.numel() for one in rows)
             self.note(f"{added} tokens sampled from the model extend the given text to judge accuracy by.")
-        return [Batch.of({"input_ids": part}) for one in more for part in torch.split(one, BATCH_ROWS)]
+        return language.rows_as_batches(more)
 
     def _default_phases(self) -> dict[str, Phase]:
         if not is_causal_lm(self.model):
@@ -553,27 +554,15 @@ def compile_arguments(model: nn.Module) -> dict[str, Any]:
 
 
 def family(layer: str, layers: Sequence[str]) -> str:
-    """The family a layer's predicted loss is corrected with: by its role, and by whether it is near an end."""
-    role = "other"
-    for name, pattern in _ROLES:
-        if re.search(pattern, layer):
-            role = name
-            break
+    """The family a layer's predicted loss is corrected with: its role, or that it is near an end of the model."""
     numbers = sorted({int(found[1]) for one in layers if (found := _BLOCK.search(one))})
     mine = _BLOCK.search(layer)
-    if mine is None or len(numbers) <= 2 * _END_BLOCKS:
-        return role
-    if int(mine[1]) in numbers[:_END_BLOCKS]:
-        return "first blocks"
-    return "last blocks" if int(mine[1]) in numbers[-_END_BLOCKS:] else role
-
-
-_BLOCK = re.compile(r"\.(\d+)\.")
-_ROLES = (
-    ("lm_head", r"lm_head|embed_out|output_projection|classifier|^head"),
-    ("attention", r"att|query|key|value|[qkvo]_proj|qkv|out_proj"),
-    ("mlp", r"mlp|ffn|fc\d|feed_forward|intermediate|gate|up_proj|down_proj|dense|linear\d"),
-)
+    if mine is not None and len(numbers) > 2 * _END_BLOCKS:
+        if int(mine[1]) in numbers[:_END_BLOCKS]:
+            return "first blocks"
+        if int(mine[1]) in numbers[-_END_BLOCKS:]:
+            return "last blocks"
+    return role(layer)
 
 
 def _read_times(place: Path, plans: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from autoq_kernels import layout
 from torch import Tensor, nn
 
 from autoq import candidates
 from autoq.candidates import Candidate, Packed
 from autoq.candidates.base import load_cpu_kernels
 from autoq.errors import AutoqError, CheckpointError, ModelError
+from autoq_kernels import layout
 
 HEADER = "weight_header"
 SCHEME = "weight_scheme"

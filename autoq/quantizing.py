@@ -15,8 +15,9 @@ from autoq.applying import apply
 from autoq.candidates import Candidate
 from autoq.errors import InputError, PlanError
 from autoq.evaluation import Difference, EvalFn, LossMeter
-from autoq.losses import Batch, LossFn, is_causal_lm
-from autoq.modules import FilterFn, unwrap
+from autoq.language import rows_as_batches, tokens_of
+from autoq.losses import Batch, LossFn, as_batches, default_metric, is_causal_lm
+from autoq.modules import FilterFn, find_linears, unwrap
 from autoq.pipeline import Progress, Tuning, tune
 from autoq.plan import Plan
 from autoq.profiler.end_to_end import UNQUANTIZED
@@ -24,6 +25,7 @@ from autoq.profiler.timing import Timing
 from autoq.results import Settings
 from autoq.scheme import Scheme
 from autoq.search import Objective
+from autoq.shadow import PackedStore, Shadow
 from autoq.workload import Phase
 
 _log = logging.getLogger(__name__)
@@ -270,7 +272,8 @@ class Measured:
         difference: the plan's paired difference to it.
         phases: phase → timing of one pass, compiled.
         baseline_phases: the same of the unquantized model, interleaved with it.
-        weight_bytes: bytes of the linear layers' weights under the plan.
+        weight_bytes: bytes of all the model's weights under the plan.
+        baseline_weight_bytes: the same of the unquantized model.
     """
 
     metric: str
@@ -279,6 +282,7 @@ class Measured:
     phases: Mapping[str, Timing]
     baseline_phases: Mapping[str, Timing]
     weight_bytes: int
+    baseline_weight_bytes: int
 
 
 def measure(
@@ -308,9 +312,7 @@ def measure(
     """
     tuning = Tuning(model, batches, phases, Settings(loss_fn=loss_fn, eval_fn=eval_fn, seed=seed), None)
     tuning.prepare()
-    unknown = sorted(set(plan.layers) - set(tuning.layers))
-    if unknown:
-        raise PlanError("the plan names quantizable layers of the model", got=", ".join(unknown[:5]))
+    _check_layers(plan, tuning.layers)
     meter: LossMeter = tuning.meter
     difference = meter.difference(plan.layers)
     times = tuning.timer.time({"plan": plan.layers}, "measure")
@@ -321,4 +323,39 @@ def measure(
         phases=times["plan"],
         baseline_phases=times[UNQUANTIZED],
         weight_bytes=tuning.weight_bytes(plan.layers),
+        baseline_weight_bytes=tuning.weight_bytes({}),
     )
+
+
+def loss_meter(model: nn.Module, plan: Plan | None, batches: Any, *, loss_fn: LossFn | None = None) -> LossMeter:
+    """What measures the loss of a model and of plans for it, on the same samples; nothing is timed.
+
+    Args:
+        model: unquantized, compiled or not; it is not changed.
+        plan: checked against the model; None for none.
+        batches: as in ``autoq.tune``.
+        loss_fn: as in ``autoq.tune``.
+
+    Raises:
+        InputError: as ``autoq.tune``.
+        PlanError: if the plan names layers the model lacks.
+    """
+    root = unwrap(model)
+    layers = [site.name for site in find_linears(root) if site.reason is None]
+    if plan is not None:
+        _check_layers(plan, layers)
+    given = as_batches(batches)
+    if loss_fn is None and is_causal_lm(root):
+        given = rows_as_batches(tokens_of(given))
+    metric = default_metric(root, given, loss_fn)
+    return LossMeter(Shadow(root, PackedStore(root, layers)), metric, given)
+
+
+def _check_layers(plan: Plan, layers: Sequence[str]) -> None:
+    unknown = sorted(set(plan.layers) - set(layers))
+    if unknown:
+        raise PlanError(
+            "the plan names quantizable layers of the model",
+            got=", ".join(unknown[:5]),
+            fix="The plan is for another model.",
+        )

@@ -10,6 +10,7 @@ factor that depends on the scheme, so the search fits that factor from real eval
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -84,22 +85,24 @@ class _Scores:
     def add(self, layer: str, x_MK: Tensor, gradient_MN: Tensor) -> None:
         """Score every scheme on one layer's activations and output gradients."""
         weight = self.store.weight(layer).float()
-        for candidate in self.candidates:
-            key = (layer, str(candidate.scheme))
-            packed = self.store.get(layer, candidate)
-            if key not in self.weights:
-                self.weights[key] = relative_rms(candidate.unpack(packed), weight)
-            for start in range(0, x_MK.shape[0], _CHUNK_ROWS):
-                x = x_MK[start : start + _CHUNK_ROWS].float()
-                gradient = gradient_MN[start : start + _CHUNK_ROWS]
-                exact = x @ weight.t()
-                change = candidate.linear(x, packed).float() - exact
-                product = (gradient * change).sum(dim=1).double()
+        for start in range(0, x_MK.shape[0], _CHUNK_ROWS):
+            x = x_MK[start : start + _CHUNK_ROWS].float()
+            gradient = gradient_MN[start : start + _CHUNK_ROWS]
+            exact = x @ weight.t()
+            power = float(exact.square().sum())
+            for candidate in self.candidates:
+                key = (layer, str(candidate.scheme))
+                packed = self.store.get(layer, candidate)
+                if key not in self.weights:
+                    stored = torch.ops.autoq.dequantize(packed.head, *weight.shape)
+                    self.weights[key] = relative_rms(stored, weight)
+                change = candidate.linear(x, packed).sub_(exact)
+                product = torch.linalg.vecdot(gradient, change).double()
                 self.second[key] = self.second.get(key, 0.0) + self.factor * float(product.square().sum())
                 self.first[key] = self.first.get(key, 0.0) + float(product.sum())
                 sums = self.output.setdefault(key, [0.0, 0.0])
-                sums[0] += float(change.double().square().sum())
-                sums[1] += float(exact.double().square().sum())
+                sums[0] += float(change.square().sum())
+                sums[1] += power
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of the sensitivity table."""
@@ -138,12 +141,19 @@ def scores(
         store: the layers and their packed weights.
         candidates: the schemes to score (``none`` is skipped).
         seed: of the probe's random draws.
-        progress: called with (text, done, total).
+        progress: called with (layer, done, total) after each layer of each batch.
 
     Raises:
         InputError: if the loss cannot be differentiated, or is NaN.
     """
     found = _Scores(store, candidates)
+    steps = itertools.count(1)
+
+    def sink(layer: str, x_MK: Tensor, gradient_MN: Tensor) -> None:
+        found.add(layer, x_MK, gradient_MN)
+        if progress is not None:
+            progress(layer, next(steps), len(batches) * len(store.modules))
+
     generator = torch.Generator().manual_seed(seed)
     training = [module for module in model.modules() if module.training]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -151,14 +161,12 @@ def scores(
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
-        with _probing(store.modules, found.add), torch.inference_mode(False), torch.enable_grad():
+        with _probing(store.modules, sink), torch.inference_mode(False), torch.enable_grad():
             for index, batch in enumerate(batches):
                 outputs = batch.call(model)
                 with torch.no_grad():
                     samples = metric.losses(outputs, index, batch).numel()
                 _differentiate(metric.probe(outputs, index, batch, generator), found, samples)
-                if progress is not None:
-                    progress("gradients", index + 1, len(batches))
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)

@@ -4,7 +4,6 @@ import pickle
 
 import pytest
 import torch
-from autoq_kernels import layout
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.utils import parametrizations, prune
@@ -21,6 +20,7 @@ from autoq.modules import (
     unwrap,
 )
 from autoq.quant_linear import assemble
+from autoq_kernels import layout
 
 SCHEMES = (
     "none",

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from autoq_kernels import layout
 from torch import Tensor
 
 from autoq.cache.fingerprint import last_level_cache_bytes
@@ -18,6 +17,7 @@ from autoq.errors import AutoqError
 from autoq.numerics import relative_rms
 from autoq.profiler.timing import interleaved
 from autoq.workload import Workload
+from autoq_kernels import layout
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
