@@ -411,7 +411,9 @@ class Tuning:
         place = self.folder / "calibration" / f"{name}.json"
         times = _read_times(place, plans)
         if times is None:
-            found = self.timer.time({label: plan for label, plan in plans.items() if label != str(NONE)}, "calibrate")
+            found = self.timer.time(
+                {label: plan for label, plan in plans.items() if label != str(NONE)}, "calibrate", min_rounds=2
+            )
             found[str(NONE)] = found.pop(UNQUANTIZED)
             times = {label: {phase: t.median_us for phase, t in one.items()} for label, one in found.items()}
             text = json.dumps({"key": key, "times_us": times}, indent=1) + "\n"
@@ -491,7 +493,7 @@ class Timer:
         self._tuning = tuning
         self._end_to_end: EndToEnd | None = None
 
-    def time(self, plans: Mapping[str, Assignment], stage: str) -> dict[str, dict[str, Timing]]:
+    def time(self, plans: Mapping[str, Assignment], stage: str, *, min_rounds: int = 3) -> dict[str, dict[str, Timing]]:
         """Label → phase → time of one pass; the unquantized model's is added."""
         tuning = self._tuning
         if self._end_to_end is None:
@@ -503,7 +505,7 @@ class Timer:
                 progress=lambda text, done, total: tuning.say("compile", text, done, total),
             )
         tuning.say(stage, f"{len(plans) + 1} plans end to end", 0, 1)
-        found = self._end_to_end.time(plans)
+        found = self._end_to_end.time(plans, min_rounds=min_rounds)
         tuning.say(stage, "", 1, 1)
         return found
 

@@ -100,7 +100,7 @@ class EndToEnd:
             progress("", total, total)
 
     def time(
-        self, plans: Mapping[str, Assignment], *, budget_s: float = 4.0, min_rounds: int = 3
+        self, plans: Mapping[str, Assignment], *, budget_s: float = 2.0, min_rounds: int = 3
     ) -> dict[str, dict[str, Timing]]:
         """Time plans interleaved with each other and with the unquantized model.
 
