@@ -22,7 +22,7 @@ from autoq.workload import Workload
 if TYPE_CHECKING:
     import pandas as pd
 
-TRIALS = 20  # plans whose loss is measured, unless told otherwise
+TRIALS = 12  # plans whose loss is measured, unless told otherwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
