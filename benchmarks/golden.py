@@ -2,7 +2,7 @@
 
     python benchmarks/golden.py [--json] [--quick]
 
-Exits with 1 if a bound is not met. The reference values are those of shared/ALGORITHMS.md, section 1; the
+Exits with 1 if a bound is not met. The reference values were derived independently for the same weights; the
 RTN rows there round the zero point to a whole number, autoq keeps a float16 minimum, which is up to 3 %
 better. The matrix with outliers is the one of SINQ's public test; --quick takes 512 of its 4096 rows.
 """

@@ -311,9 +311,19 @@ def test_families_are_roles_and_ends():
     assert family("0", ["0", "2"]) == "other"
 
 
-def test_the_arguments_of_a_compiled_model_are_found():
+def test_the_arguments_of_a_compiled_model_are_found_and_compile_another_model_alike():
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
     model = classifier()
     assert compile_arguments(model) == {}
-    backend = lambda graph, example: graph.forward  # noqa: E731
     found = compile_arguments(torch.compile(model, backend=backend, dynamic=True))
-    assert found == {"backend": backend, "dynamic": True}
+    assert found.keys() == {"backend", "dynamic"}
+    assert found["dynamic"] is True
+    other = torch.compile(nn.Linear(128, 8), **found)
+    with torch.no_grad():
+        other(inputs()[0])
+    assert len(graphs) == 1
