@@ -207,7 +207,8 @@ class Tuning:
         problem = self._problem(isolated, latency, scores)
         limits = self._limits(budget)
         found = self._search(problem, limits)
-        finalists = {str(number): point for number, point in enumerate(found.finalists)}
+        none = problem.uniform(str(NONE))
+        finalists = {str(number): one for number, one in enumerate(found.finalists) if one.assignment != none}
         times = self.timer.time({label: layers_of(problem, one) for label, one in finalists.items()}, "verify")
         evidence = Evidence(
             search=found,
@@ -223,7 +224,9 @@ class Tuning:
         choice = choose(evidence)
         if choice is None:
             self.note(f"No plan within the budget ({budget.text}) beats the unquantized model: nothing is quantized.")
-        plan = finished_plan(evidence, choice, self._provenance(budget, limits))
+        plan = finished_plan(
+            evidence, choice, self._provenance(budget, limits), {self.fingerprint.key: kernels_of(rows)}
+        )
         return TuneResult(
             plan=plan,
             workload=self.workload,
@@ -553,6 +556,15 @@ def compile_arguments(model: nn.Module) -> dict[str, Any]:
     if getattr(context, "_dynamic", None) is not None:
         found["dynamic"] = context._dynamic
     return found
+
+
+def kernels_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Scheme and shape → the kernel that was measured, as a plan records it."""
+    return {
+        f"{row['scheme']} M={row['m']} K={row['k']} N={row['n']} {row['dtype']}": row["kernel"]
+        for row in rows
+        if row["status"] == "ok"
+    }
 
 
 def family(layer: str, layers: Sequence[str]) -> str:

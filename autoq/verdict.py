@@ -23,7 +23,7 @@ class Evidence:
 
     Attributes:
         search: everything the search measured.
-        finalists: label → plan that was timed end to end.
+        finalists: label → plan that was timed end to end, the unquantized one aside.
         times: label → phase → timing of one pass; the unquantized model's under ``UNQUANTIZED``.
         limits: what the search was held to.
         budget: the loss limit as the user was told it.
@@ -76,22 +76,32 @@ def layers_of(problem: Problem, point: PlanPoint) -> dict[str, Scheme]:
 
 def choose(evidence: Evidence) -> str | None:
     """The label of the best finalist within the limits, as measured; None when the unquantized model is no worse."""
-    objective = evidence.limits.objective
+    metric, latency = evidence.limits.metric, evidence.limits.objective == "latency"
 
     def value(label: str) -> float:
-        point = evidence.finalists[label]
-        return evidence.request_us(label) if objective == "latency" else point.value(evidence.limits.metric)
+        return evidence.request_us(label) if latency else evidence.finalists[label].value(metric)
 
     good = [label for label in evidence.finalists if evidence.within(label)]
     best = min(good, key=value, default=None)
-    if best is None or evidence.finalists[best].assignment == evidence.none.assignment:
-        return None
-    if objective == "latency" and value(best) >= evidence.request_us(UNQUANTIZED):
+    unquantized = evidence.request_us(UNQUANTIZED) if latency else evidence.none.value(metric)
+    if best is None or (value(best) >= unquantized and none_within(evidence)):
         return None
     return best
 
 
-def finished_plan(evidence: Evidence, choice: str | None, provenance: Mapping[str, Any]) -> Plan:
+def none_within(evidence: Evidence) -> bool:
+    """Whether the unquantized model meets the limits on latency and bytes."""
+    limits = evidence.limits
+    late = limits.max_time_us is not None and evidence.request_us(UNQUANTIZED) > limits.max_time_us
+    return not late and (limits.max_bytes is None or evidence.none.bytes <= limits.max_bytes)
+
+
+def finished_plan(
+    evidence: Evidence,
+    choice: str | None,
+    provenance: Mapping[str, Any],
+    kernels: Mapping[str, Mapping[str, str]],
+) -> Plan:
     """The plan with its measured and predicted figures."""
     point = evidence.none if choice is None else evidence.finalists[choice]
     layers = layers_of(evidence.search.refitted, point)
@@ -108,7 +118,7 @@ def finished_plan(evidence: Evidence, choice: str | None, provenance: Mapping[st
         "certificate": _certificate(evidence.search),
     }
     phases = {phase.name: phase.calls for phase in evidence.workload.phases}
-    return Plan(layers=layers, phases=phases, provenance={**provenance, **figures})
+    return Plan(layers=layers, phases=phases, kernels=kernels, provenance={**provenance, **figures})
 
 
 def _measured(evidence: Evidence, choice: str | None, point: PlanPoint) -> dict[str, Any]:

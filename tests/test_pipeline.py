@@ -112,6 +112,9 @@ def test_the_plan_carries_its_provenance_and_survives_the_file(tuned, tmp_path):
     assert facts["measured"]["samples"] == 64
     assert facts["measured"]["loss_low"] <= facts["measured"]["loss_delta"] <= facts["measured"]["loss_high"] <= 0.05
     assert facts["device"]["threads"] == torch.get_num_threads()
+    (kernels,) = plan.kernels.values()
+    assert len(kernels) == 6
+    assert "int8" in kernels["int8wo M=16 K=128 N=128 float32"]
 
 
 def test_replaying_the_plan_gives_bit_equal_outputs(tuned, tmp_path):
