@@ -508,7 +508,7 @@ class Timer:
                 progress=lambda text, done, total: tuning.say("compile", text, done, total),
             )
         tuning.say(stage, f"{len(plans) + 1} plans end to end", 0, 1)
-        found = self._end_to_end.time(plans, min_rounds=min_rounds)
+        found = self._end_to_end.time(plans)
         tuning.say(stage, "", 1, 1)
         return found
 
