@@ -14,9 +14,8 @@ from autoq.candidates import Candidate, LinearOp, Packed
 from autoq.errors import CandidateError, ModelError, PlanError
 from autoq.modules import QuantLinear, find_linears, quantized_layers, replace_modules, unwrap
 from autoq.plan import Plan
-from autoq.scheme import Scheme
+from autoq.scheme import NONE, Scheme
 
-NONE = Scheme(name="none")
 Progress = Callable[[str, str, int, int], None]
 
 

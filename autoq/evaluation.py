@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from autoq.errors import InputError
 from autoq.losses import Batch, Metric
 from autoq.modules import evaluating
-from autoq.scheme import Scheme
-from autoq.shadow import NONE, Shadow
+from autoq.scheme import NONE, Scheme
+from autoq.shadow import Shadow
 
 EvalFn = Callable[[nn.Module], "float | Tensor"]
 _RESAMPLES = 2000

@@ -29,9 +29,9 @@ from autoq.profiler import EndToEnd, LatencyModel, Timing, fit_latency, isolated
 from autoq.profiler.end_to_end import UNQUANTIZED
 from autoq.recorder import record as record_inputs
 from autoq.results import TRIALS, Settings, TuneResult
-from autoq.scheme import Scheme
+from autoq.scheme import NONE, Scheme
 from autoq.search import Budget, Evaluation, Option, Problem, SearchResult, Unit
-from autoq.shadow import NONE, PackedStore, Shadow
+from autoq.shadow import PackedStore, Shadow
 from autoq.summary import family as role
 from autoq.verdict import Evidence, choose, finished_plan, front_rows, layers_of
 from autoq.workload import LayerInfo, Phase, Workload
@@ -414,11 +414,10 @@ class Tuning:
         place = self.folder / "calibration" / f"{name}.json"
         times = _read_times(place, plans)
         if times is None:
-            found = self.timer.time(
-                {label: plan for label, plan in plans.items() if label != str(NONE)}, "calibrate", min_rounds=2
-            )
+            found = self.timer.time({label: plan for label, plan in plans.items() if label != str(NONE)}, "calibrate")
             found[str(NONE)] = found.pop(UNQUANTIZED)
-            times = {label: {phase: t.median_us for phase, t in one.items()} for label, one in found.items()}
+            # In the order of the plans, as they are read back: the fit's last bits depend on it.
+            times = {label: {phase: t.median_us for phase, t in found[label].items()} for label in plans}
             text = json.dumps({"key": key, "times_us": times}, indent=1) + "\n"
             write_atomic(place, lambda temporary: temporary.write_text(text), CacheError)
         return fit_latency(self.workload, isolated, [(plans[label], times[label]) for label in times])
@@ -496,7 +495,7 @@ class Timer:
         self._tuning = tuning
         self._end_to_end: EndToEnd | None = None
 
-    def time(self, plans: Mapping[str, Assignment], stage: str, *, min_rounds: int = 3) -> dict[str, dict[str, Timing]]:
+    def time(self, plans: Mapping[str, Assignment], stage: str) -> dict[str, dict[str, Timing]]:
         """Label → phase → time of one pass; the unquantized model's is added."""
         tuning = self._tuning
         if self._end_to_end is None:

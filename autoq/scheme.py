@@ -96,6 +96,9 @@ class Scheme:
         return f"{self.name}({','.join(f'{k}={v}' for k, v in self.fields)})"
 
 
+NONE = Scheme(name="none")  # the layer as it is
+
+
 def _value(text: str) -> Value:
     if text in ("true", "True"):
         return True

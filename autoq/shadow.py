@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from autoq import candidates
 from autoq.candidates import Candidate, Packed
 from autoq.modules import QuantLinear, find_linears, replace_modules, unwrap
-from autoq.scheme import Scheme
+from autoq.scheme import NONE, Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-NONE = Scheme(name="none")
 
 
 class PackedStore:

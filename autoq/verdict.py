@@ -11,9 +11,8 @@ from autoq.evaluation import Additive, LossBudget
 from autoq.plan import Plan
 from autoq.profiler import LatencyModel, Timing
 from autoq.profiler.end_to_end import UNQUANTIZED
-from autoq.scheme import Scheme
+from autoq.scheme import NONE, Scheme
 from autoq.search import Budget, PlanPoint, Problem, SearchResult
-from autoq.shadow import NONE
 from autoq.workload import Workload
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from autoq.errors import CacheError
-from autoq.scheme import Scheme
+from autoq.scheme import NONE, Scheme
 from autoq.workload import Workload
 
 Assignment = Mapping[str, Scheme]
-NONE = Scheme(name="none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
