@@ -23,6 +23,7 @@ so that a block of any plane unpacks with shifts alone, and a row can be read wi
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
@@ -30,6 +31,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from autoq_kernels.cpu.memory import use_large_pages
 
 HEADER_BYTES = 128
 MAGIC = 0x54554F41
@@ -179,8 +182,8 @@ def build(
         row_scale: float32 [N], affine only.
         column_scale: float32 [K], affine only.
         group_size: inputs that share an affine scale, a multiple of 32.
-        activation_bits: 0 leaves activations as they are; 8 quantizes them per token, int8 only.
-        m_switch: reserved, 0.
+        activation_bits: 0 leaves activations as they are; 8 rounds them to int8 per row, int8 and affine only.
+        m_switch: rows of the activation from which on they are rounded; 0: always.
 
     Returns:
         uint8 [total bytes] on the device of `codes`.
@@ -188,9 +191,9 @@ def build(
     Raises:
         LayoutError: shapes, dtypes or fields that do not fit together.
     """
-    groups = -(-k // group_size) if group_size > 0 else 0
-    form = Header(Kind(kind), bits, n, k, group_size, groups, 0, 0, 0, 0, 0, activation_bits, m_switch, 0)
-    _check_form(form)
+    form = _form(
+        kind=kind, bits=bits, n=n, k=k, group_size=group_size, activation_bits=activation_bits, m_switch=m_switch
+    )
     parts = {
         "codes": codes,
         "scale": scale,
@@ -205,18 +208,97 @@ def build(
     )
 
 
-def _assembled(form: Header, blobs: Sequence[Tensor | None]) -> Tensor:
-    """The buffer of a form whose offsets are not known yet and of its five sections' bytes, None where absent."""
-    device = next(blob.device for blob in blobs if blob is not None)
+def allocate(
+    *,
+    kind: Kind,
+    bits: int,
+    n: int,
+    k: int,
+    group_size: int = 0,
+    activation_bits: int = 0,
+    m_switch: int = 0,
+    has_column_scale: bool = False,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The buffer of a quantized weight whose sections are still zero, to be filled in place.
+
+    Args:
+        kind: what the codes mean; AFFINE gets a minimum and a row scale.
+        bits: of a code; of a dense weight see `DENSE_BITS`.
+        n: output features.
+        k: input features.
+        group_size: as in `build`.
+        activation_bits: as in `build`.
+        m_switch: as in `build`.
+        has_column_scale: whether there is one; affine only.
+        device: of the buffer.
+
+    Returns:
+        uint8 [total bytes], the header complete.
+
+    Raises:
+        LayoutError: fields that do not fit together.
+    """
+    form = _form(
+        kind=kind, bits=bits, n=n, k=k, group_size=group_size, activation_bits=activation_bits, m_switch=m_switch
+    )
+    affine = form.kind is Kind.AFFINE
+    if has_column_scale and not affine:
+        raise LayoutError(f"{form.kind.name} has no column_scale")
+    present = {
+        "codes": True,
+        "scale": form.kind is not Kind.DENSE,
+        "minimum": affine,
+        "row_scale": affine,
+        "column_scale": has_column_scale,
+    }
+    return _framed(form, [_section_bytes(form, name) if there else None for name, there in present.items()], device)
+
+
+def _form(*, kind: Kind, bits: int, n: int, k: int, group_size: int, activation_bits: int, m_switch: int) -> Header:
+    """The checked header of a weight, without offsets."""
+    groups = -(-k // group_size) if group_size > 0 else 0
+    form = Header(Kind(kind), bits, n, k, group_size, groups, 0, 0, 0, 0, 0, activation_bits, m_switch, 0)
+    _check_form(form)
+    return form
+
+
+def _section_bytes(form: Header, name: str) -> int:
+    """Bytes of a section in the buffer."""
+    shape, dtype = _part_form(form, name)
+    count = math.prod(shape)
+    planes = name == "codes" and form.kind not in (Kind.DENSE, Kind.INT8)
+    return count * form.bits // 8 if planes else count * dtype.itemsize
+
+
+def _framed(form: Header, sizes: Sequence[int | None], device: torch.device | str) -> Tensor:
+    """The buffer of a form without offsets and of the bytes of its five sections, None where absent; all zero."""
     offsets, end = [], HEADER_BYTES
-    for blob in blobs:
-        offsets.append(0 if blob is None else end)
-        end = _round_up(end + (0 if blob is None else len(blob)), ALIGNMENT)
+    for size in sizes:
+        offsets.append(0 if size is None else end)
+        end = _round_up(end + (size or 0), ALIGNMENT)
     total = end + TRAILING_BYTES
-    data = torch.zeros(total, dtype=torch.uint8, device=device)
+    data = torch.empty(total, dtype=torch.uint8, device=device)
+    use_large_pages(data)
+    data.zero_()
     numbers = (MAGIC, VERSION, int(form.kind), form.bits, form.n, form.k, form.group_size, form.groups, *offsets)
     packed = struct.pack("<16q", *numbers, form.activation_bits, form.m_switch, total)
     data[:HEADER_BYTES] = torch.tensor(list(packed), dtype=torch.uint8, device=device)
+    return data
+
+
+def _assembled(form: Header, blobs: Sequence[Tensor | None]) -> Tensor:
+    """The buffer of a form whose offsets are not known yet and of its five sections' bytes, None where absent."""
+    device = next(blob.device for blob in blobs if blob is not None)
+    data = _framed(form, [None if blob is None else len(blob) for blob in blobs], device)
+    framed = header(data)
+    offsets = (
+        framed.codes_offset,
+        framed.scale_offset,
+        framed.minimum_offset,
+        framed.row_scale_offset,
+        framed.column_scale_offset,
+    )
     for offset, blob in zip(offsets, blobs, strict=True):
         if blob is not None:
             data[offset : offset + len(blob)] = blob
@@ -373,9 +455,13 @@ def _check_form(form: Header) -> None:
             f"group_size must be a positive multiple of {BLOCK} for AFFINE and 0 for the other kinds; "
             f"got {form.group_size} for {kind.name}"
         )
-    if form.activation_bits not in (0, 8) or (form.activation_bits and kind is not Kind.INT8):
-        raise LayoutError(f"activation_bits must be 0, or 8 for INT8; got {form.activation_bits} for {kind.name}")
-    if form.activation_bits and form.k > MAX_INT8_K:
+    if form.activation_bits not in (0, 8) or (form.activation_bits and kind not in (Kind.INT8, Kind.AFFINE)):
+        got = f"{form.activation_bits} for {kind.name}"
+        raise LayoutError(f"activation_bits must be 0, or 8 for INT8 and AFFINE; got {got}")
+    if form.m_switch < 0 or (form.m_switch and not form.activation_bits):
+        got = f"{form.m_switch} with {form.activation_bits} activation bits"
+        raise LayoutError(f"m_switch must be 0, or positive with 8 activation bits; got {got}")
+    if form.activation_bits and kind is Kind.INT8 and form.k > MAX_INT8_K:
         raise LayoutError(f"int8 activations need K <= {MAX_INT8_K} for exact int32 sums; got {form.k}")
 
 
@@ -416,4 +502,5 @@ def _bytes_of(form: Header, name: str, tensor: Tensor) -> Tensor:
             planes.append(pack_plane((tensor >> shift) & ((1 << bits) - 1), bits).flatten())
             shift += bits
         return torch.cat(planes)
-    return tensor.contiguous().flatten().view(torch.uint8)
+    whole = tensor.contiguous()
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)  # one element may have any stride

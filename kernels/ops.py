@@ -4,7 +4,8 @@ One operator serves every scheme: ``head`` is a view of the first 128 bytes of a
 and the kernel reads from it what to do. The defaults below run on any device and are what the kernels of
 `cpu` and `triton` are held against; those are registered for their device over the default.
 
-``y = x @ W.T + bias``; with 8 activation bits, x is first rounded per token to ``q·amax/127``, q in [-127, 127].
+``y = x @ W.T + bias``; with 8 activation bits, each row of x·column_scale is first rounded to ``q·amax/127``, q in
+[-127, 127]: always, or where m_switch is not 0 in products of at least that many rows.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def linear(x: Tensor, head: Tensor, bias: Tensor | None, n: int) -> Tensor:
         n: output features, as in the header.
 
     Returns:
-        [..., N] in the dtype of `x`; products are summed in float32, or exactly for int8 activations.
+        [..., N] in the dtype of `x`; products are summed in float32, or exactly where activations are rounded.
 
     Raises:
         layout.LayoutError: not a packed weight, or not of this shape.
@@ -102,15 +103,33 @@ def linear(x: Tensor, head: Tensor, bias: Tensor | None, n: int) -> Tensor:
         return torch.nn.functional.linear(x, layout.codes(data), bias)
     x_MK = x.reshape(-1, k)
     y_MN: Tensor
-    if form.activation_bits:
-        q_MK, scale_M1 = quantize_rows(x_MK)
-        exact_MN = q_MK.double() @ layout.codes(data).double().T  # whole numbers below 2^53: exact
-        y_MN = exact_MN.float() * scale_M1 * layout.sections(data)["scale"]
+    if form.activation_bits and len(x_MK) >= form.m_switch:
+        y_MN = _rounded_product(x_MK, data)
     else:
         y_MN = x_MK.float() @ dequantize(head, n, k).T
     if bias is not None:
         y_MN = y_MN + bias.float()
     return y_MN.to(x.dtype).reshape(*x.shape[:-1], n)
+
+
+def _rounded_product(x_MK: Tensor, data: Tensor) -> Tensor:
+    """The product with x rounded to int8 per row: whole numbers are summed exactly, then scaled; float32 [M, N]."""
+    form, parts = layout.header(data), layout.sections(data)
+    codes_NK = layout.codes(data).double()
+    if "column_scale" in parts:
+        x_MK = x_MK.float() * parts["column_scale"]
+    q_MK, scale_M1 = quantize_rows(x_MK)
+    if form.kind is Kind.INT8:  # sums of whole numbers below 2^53
+        return (q_MK.double() @ codes_NK.T).float() * scale_M1 * parts["scale"]
+    sum_MN = torch.zeros(len(x_MK), form.n, dtype=torch.float64, device=x_MK.device)
+    for group in range(form.groups):
+        inputs = slice(group * form.group_size, (group + 1) * form.group_size)
+        q_Mg = q_MK[:, inputs].double()
+        sum_MN += (q_Mg @ codes_NK[:, inputs].T) * parts["scale"][:, group].double()
+        if "minimum" in parts:
+            sum_MN += q_Mg.sum(dim=1, keepdim=True) * parts["minimum"][:, group].double()
+    y_MN = sum_MN.float() * scale_M1
+    return y_MN * parts["row_scale"] if "row_scale" in parts else y_MN
 
 
 def _linear_fake(x: Tensor, head: Tensor, bias: Tensor | None, n: int) -> Tensor:
@@ -128,7 +147,7 @@ def _save_head(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-    """The gradient of x (straight through the rounding of int8 activations) and of the bias; none of the weight."""
+    """The gradient of x (straight through the rounding of activations) and of the bias; none of the weight."""
     (head,) = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:

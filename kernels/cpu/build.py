@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -28,10 +28,21 @@ from autoq_kernels import ops
 from autoq_kernels.cpu import probe, toolchain
 from autoq_kernels.cpu.toolchain import Isa, KernelBuildError, best_isa
 
-__all__ = ["BuildStatus", "Isa", "KernelBuildError", "best_isa", "default_cache_dir", "kernel_name", "load", "status"]
+__all__ = [
+    "BuildStatus",
+    "Isa",
+    "KernelBuildError",
+    "best_isa",
+    "default_cache_dir",
+    "kernel_name",
+    "load",
+    "quantize",
+    "sinkhorn",
+    "status",
+]
 
 _log = logging.getLogger(__name__)
-_OPERATORS = ("linear", "dequantize", "kernel_name", "hqq")
+_OPERATORS = ("linear", "dequantize", "kernel_name", "quantize", "sinkhorn")
 _DEFAULT_OPERATORS = ("linear", "dequantize")
 _REFERENCE = "torch.reference"
 
@@ -101,26 +112,52 @@ def kernel_name(head: Tensor, m: int, dtype: torch.dtype) -> str:
     return cast(str, getattr(torch.ops, f"autoq_{built}").kernel_name(head, m, dtype))
 
 
-def quantize_hqq(
-    groups: Tensor, bits: int, *, beta: float, kappa: float, iterations: int
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Half-quadratic quantization of groups, compiled; one thread, so that callers divide the rows.
+def quantize(
+    weight: Tensor,
+    buffer: Tensor,
+    *,
+    method: Literal["rtn", "hqq"] = "rtn",
+    column_scale: Tensor | None = None,
+    beta: float = 0.0,
+    kappa: float = 0.0,
+    iterations: int = 0,
+) -> bool:
+    """Quantize a weight into an allocated buffer, on as many threads as torch uses.
 
     Args:
-        groups: float32 [..., g] on the CPU, g at most 256, below 2**13 in magnitude.
-        bits: 2 to 8.
-        beta: initial strength of the quadratic penalty.
-        kappa: factor on `beta` per iteration.
+        weight: float32, bfloat16 or float16 [N, K] on the CPU, finite; any strides.
+        buffer: from `layout.allocate`, of an int8, fp6 or affine weight [N, K]; every section is filled.
+        method: rounding to nearest, or, affine only, half-quadratic quantization.
+        column_scale: float32 [K], given exactly where the buffer has one; the weight is divided by it.
+        beta: of half-quadratic quantization: initial strength of the quadratic penalty, at most 500 at the end.
+        kappa: the factor on `beta` per iteration.
         iterations: iterates judged.
 
     Returns:
-        Codes uint8 [..., g], scales float16 [...], minima float16 [...]; None without a build.
+        False without a build; the buffer is then as it was.
+    """
+    built = status().isa
+    if built is None:
+        return False
+    getattr(torch.ops, f"autoq_{built}").quantize(weight, buffer, method, column_scale, beta, kappa, iterations)
+    return True
+
+
+def sinkhorn(weight: Tensor, group_size: int, iterations: int) -> Tensor | None:
+    """The column factors that even out every tile of all rows × `group_size` columns.
+
+    Args:
+        weight: float32, bfloat16 or float16 [N, K] on the CPU, finite; any strides.
+        group_size: columns of a tile; the last may be narrower.
+        iterations: iterates judged; the first is the tile as it is.
+
+    Returns:
+        float32 [K]; None without a build.
     """
     built = status().isa
     if built is None:
         return None
-    operator = getattr(torch.ops, f"autoq_{built}").hqq
-    return cast(tuple[Tensor, Tensor, Tensor], operator(groups, bits, beta, kappa, iterations))
+    return cast(Tensor, getattr(torch.ops, f"autoq_{built}").sinkhorn(weight, group_size, iterations))
 
 
 @functools.cache

@@ -1,34 +1,21 @@
-// Picks the kernel of a weight's kind and the number of rows.
-#include <algorithm>
-#include <array>
-#include <type_traits>
-#include <utility>
-
-#include "gemm.h"
+// Kernels of weights with a scale per row, and the choice among all kinds.
+#include "multiply.h"
 
 namespace autoq {
-namespace {
 
-template <class Rows, int kPlanes>
-void multiply_as(const Packed& w, const Activation& a, Typed bias, Typed y, int64_t begin, int64_t end) {
-  if (a.m == 1) {
-    gemv<Rows, kPlanes>(w, a, bias, y, begin, end);
-  } else {
-    Gemm<Rows, kPlanes, false>(w, a, bias, y).run(begin, end);
-  }
-}
-
-}  // namespace
+int64_t row_unit(const Activation& a) { return a.m <= kFewRows && !a.bytes ? kMostRows : kN; }
 
 void multiply(const Packed& w, const Activation& a, Typed bias, Typed y, int64_t begin, int64_t end) {
-  if (w.dynamic() && a.m > 1) {
-    Gemm<Int8Rows, 1, true>(w, a, bias, y).run(begin, end);
-    return;
+  if (w.affine()) return multiply_affine(w, a, bias, y, begin, end);
+#ifdef AUTOQ_DOT8
+  if (a.bytes) return Gemm<Int8Rows, Bytes, 1, true>(w, a, bias, y).run(begin, end);
+#endif
+  if (a.per_row && a.m > kFewRows) return Gemm<Int8Rows, Shorts, 1, true>(w, a, bias, y).run(begin, end);
+  switch (w.kind) {
+    case Kind::kFp6E3M2: return multiply_rows<Fp6Rows<Kind::kFp6E3M2>>(w, a, bias, y, begin, end);
+    case Kind::kFp6E2M3: return multiply_rows<Fp6Rows<Kind::kFp6E2M3>>(w, a, bias, y, begin, end);
+    default: return multiply_rows<Int8Rows>(w, a, bias, y, begin, end);
   }
-  with_rows_type(w, [&]<class Rows>() {
-    a.planes == 2 ? multiply_as<Rows, 2>(w, a, bias, y, begin, end)
-                  : multiply_as<Rows, 1>(w, a, bias, y, begin, end);
-  });
 }
 
 }  // namespace autoq

@@ -2,32 +2,19 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/Utils.h>
-#include <ATen/ops/_int_mm.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
-#include <torch/library.h>
 
-#include <memory>
+#include <algorithm>
 #include <string>
 
 #include "gradient.h"
+#include "library.h"
 #include "packed.h"
-#include "quantize.h"
 #include "scalar.h"
-
-#ifndef AUTOQ_ISA
-#error "compile with -DAUTOQ_ISA=<name>: it names the namespace of the operators"
-#endif
-#define AUTOQ_TEXT_OF(name) #name
-#define AUTOQ_TEXT(name) AUTOQ_TEXT_OF(name)
-#define AUTOQ_JOIN_OF(a, b) a##b
-#define AUTOQ_JOIN(a, b) AUTOQ_JOIN_OF(a, b)
-#define AUTOQ_NAMESPACE AUTOQ_JOIN(autoq_, AUTOQ_ISA)
-// One more level, because torch's macros paste the name before it is expanded.
-#define AUTOQ_LIBRARY(name, library) TORCH_LIBRARY(name, library)
-#define AUTOQ_LIBRARY_IMPL(name, key, library) TORCH_LIBRARY_IMPL(name, key, library)
 
 namespace autoq {
 namespace {
@@ -35,35 +22,35 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kThreadWork = 1 << 15;           // products below which a second thread costs more than it gives
-constexpr int64_t kActivationBytes = int64_t{4} << 20;  // rounded x held at a time
+constexpr int64_t kThreadWork = 1 << 15;  // products below which a second thread costs more than it gives
+constexpr int64_t kActivationBytes = int64_t{4} << 20;   // rounded x held at a time
 constexpr int64_t kFloatWeightBytes = int64_t{4} << 20;  // float weight held at a time
-constexpr int64_t kFloatGemmRows = 24;   // from here on float x is faster through a float weight and sgemm
-constexpr int64_t kNativeGemmRows = 32;  // from here on bfloat16 or int8 instructions of the CPU are
+constexpr int64_t kFloatGemmRows = 16;    // from here on float x is faster through a float weight and sgemm
+constexpr int64_t kBFloat16GemmRows = 64;  // from here on bfloat16 is, where the CPU multiplies it
 
-enum class Path { kDense, kCodes, kFloatGemm, kBFloat16Gemm, kInt8Gemm };
+enum class Path { kStock, kDense, kCodes, kFloatGemm, kBFloat16Gemm };
 
-bool has_bf16() {
-  static const bool found = [] {
-    const auto flags = at::cpu::get_cpu_capabilities();
-    const auto flag = flags.find("avx512_bf16");
-    return flag != flags.end() && flag->second.toBool();
-  }();
-  return found;
+bool cpu_has(const char* feature) {
+  const auto flags = at::cpu::get_cpu_capabilities();
+  const auto flag = flags.find(feature);
+  return flag != flags.end() && flag->second.toBool();
 }
 
-#ifdef __AVX512VNNI__
-constexpr bool kHasVnni = true;
-#else
-constexpr bool kHasVnni = false;
-#endif
+// Whether the CPU multiplies the type, so that stock kernels are made for it.
+bool multiplies(DType dtype) {
+  static const bool bf16 = cpu_has("avx512_bf16"), half = cpu_has("avx512_fp16");
+  return dtype == DType::kFloat || (dtype == DType::kBFloat16 ? bf16 : half);
+}
 
 Path choose(const Packed& w, int64_t m, DType dtype) {
-  if (w.kind == Kind::kDense) return Path::kDense;
-  if (w.dynamic()) return kHasVnni && m >= kNativeGemmRows ? Path::kInt8Gemm : Path::kCodes;
+  if (w.kind == Kind::kDense) {
+    if (dtype != w.dense().dtype || dtype == DType::kFloat) return Path::kStock;
+    if (m <= kDenseRows) return Path::kDense;
+    return multiplies(dtype) ? Path::kStock : Path::kFloatGemm;
+  }
+  if (w.dynamic(m)) return Path::kCodes;
   if (dtype == DType::kFloat) return m >= kFloatGemmRows ? Path::kFloatGemm : Path::kCodes;
-  if (dtype == DType::kBFloat16 && m >= kNativeGemmRows && has_bf16()) return Path::kBFloat16Gemm;
-  return Path::kCodes;
+  return dtype == DType::kBFloat16 && m >= kBFloat16GemmRows && multiplies(dtype) ? Path::kBFloat16Gemm : Path::kCodes;
 }
 
 DType dtype_of(at::ScalarType type, const char* what) {
@@ -100,42 +87,46 @@ at::ScalarType dense_type(const Packed& w) {
   return w.bits == 16 ? at::kBFloat16 : w.bits == 17 ? at::kHalf : at::kFloat;
 }
 
-Typed offset_rows(Typed a, int64_t elements) {
+Typed offset(Typed a, int64_t elements) {
   const int64_t size = a.dtype == DType::kFloat ? 4 : 2;
   return {static_cast<char*>(a.data) + elements * size, a.dtype};
 }
 
-// Lays the three arrays of `a` into scratch memory; kernels may read 8 floats past the end.
-void place(const Packed& w, Activation& a, bool needs_sums) {
-  thread_local Scratch<float> scratch;
-  const int64_t values = round_up(a.planes * a.m * a.k_padded, 2) / 2, scales = a.m * a.blocks + 8;
-  const int64_t sums = needs_sums ? a.m * a.sum_stride : 0;
-  float* memory = scratch.reserve(values + scales + sums);
-  a.values = reinterpret_cast<int16_t*>(memory);
-  a.scale = memory + values;
-  a.group_sum = needs_sums ? memory + values + scales : nullptr;
-}
-
 int64_t grain(int64_t work_per_item) { return std::max<int64_t>(1, kThreadWork / std::max<int64_t>(1, work_per_item)); }
 
-// Rounds x and multiplies by the codes themselves.
+// Rounds x, some rows at a time, and multiplies by the codes themselves.
 void run_codes(const Packed& w, Typed x, int64_t m, Typed bias, Typed y) {
-  constexpr int64_t kRows = 4;  // of the weight, the kernels' unit
-  Activation a = activation_form(w, 1, x.dtype);
-  const int64_t fit = std::max<int64_t>(1, kActivationBytes / (2 * a.planes * a.k_padded));
+  thread_local Scratch<char> scratch;
+  Activation a = activation_form(w, m, x.dtype);
+  const int64_t fit = std::max<int64_t>(1, kActivationBytes / (2 * a.planes * a.k_padded)), unit = row_unit(a);
   for (int64_t done = 0; done < m; done += fit) {
     a.m = std::min(fit, m - done);
-    place(w, a, w.minimum != nullptr);
-    const Typed x_part = offset_rows(x, done * w.k), y_part = offset_rows(y, done * w.n);
+    place(w, scratch.reserve(activation_bytes(w, a)), a);
+    const Typed x_part = offset(x, done * w.k), y_part = offset(y, done * w.n);
     at::parallel_for(0, a.m, grain(w.k), [&](int64_t begin, int64_t end) { round_activation(w, x_part, begin, end, a); });
-    at::parallel_for(0, (w.n + kRows - 1) / kRows, grain(kRows * w.k * a.m), [&](int64_t begin, int64_t end) {
-      multiply(w, a, bias, y_part, begin * kRows, std::min(end * kRows, w.n));
+    at::parallel_for(0, (w.n + unit - 1) / unit, grain(unit * w.k * a.m), [&](int64_t begin, int64_t end) {
+      multiply(w, a, bias, y_part, begin * unit, std::min(end * unit, w.n));
     });
   }
 }
 
-// Multiplies by the dequantized weight, some rows of it at a time. x is [M, K].
-void run_dequantized(const Packed& w, const Tensor& x, const OptionalTensor& bias, Tensor& y) {
+// Multiplies a dense weight with few rows of x.
+void run_dense(const Packed& w, Typed x, int64_t m, Typed bias, Typed y) {
+  constexpr int64_t kUnit = 4;  // rows of the weight
+  thread_local Scratch<float> scratch;
+  const int64_t stride = round_up(w.k, 16) + 16;
+  float* rows = scratch.reserve(m * stride);
+  for (int64_t i = 0; i < m; ++i) {
+    convert(x, i * w.k, w.k, {rows + i * stride, DType::kFloat});
+    std::fill(rows + i * stride + w.k, rows + (i + 1) * stride, 0.0f);
+  }
+  at::parallel_for(0, (w.n + kUnit - 1) / kUnit, grain(kUnit * w.k * m), [&](int64_t begin, int64_t end) {
+    multiply_dense(w, rows, stride, m, bias, y, begin * kUnit, std::min(end * kUnit, w.n));
+  });
+}
+
+// Multiplies by the dequantized weight in x's type, some rows of it at a time. x is [M, K].
+void run_dequantized(const Packed& w, const Tensor& x, Tensor& y) {
   const int64_t size = x.element_size();
   const int64_t rows = std::min(w.n, std::max<int64_t>(32, kFloatWeightBytes / (w.k * size)));
   Tensor part = at::empty({rows, w.k}, x.options());
@@ -143,42 +134,19 @@ void run_dequantized(const Packed& w, const Tensor& x, const OptionalTensor& bia
     const int64_t count = std::min(rows, w.n - n);
     Tensor weight = part.narrow(0, 0, count);
     at::parallel_for(0, count, grain(w.k), [&](int64_t begin, int64_t end) {
-      dequantize(w, n + begin, n + end, offset_rows(typed(weight, "weight"), begin * w.k));
+      dequantize(w, n + begin, n + end, offset(typed(weight, "weight"), begin * w.k));
     });
     Tensor out = y.narrow(1, n, count);
     at::mm_out(out, x, weight.t());
   }
-  if (bias) y.add_(*bias);
 }
 
-// Rounds x to int8 and multiplies with the int8 instructions ATen finds; sums are exact.
-void run_int8(const Packed& w, Typed x, int64_t m, Typed bias, Typed y) {
-  constexpr int64_t kColumns = 4096;
-  Activation a = activation_form(w, m, x.dtype);
-  place(w, a, false);
-  const Tensor x_q = at::empty({m, w.k}, at::kChar);
-  int8_t* q = x_q.mutable_data_ptr<int8_t>();
-  at::parallel_for(0, m, grain(w.k), [&](int64_t begin, int64_t end) {
-    round_activation(w, x, begin, end, a);
-    for (int64_t i = begin; i < end; ++i) {
-      for (int64_t k = 0; k < w.k; ++k) q[i * w.k + k] = static_cast<int8_t>(a.values[i * a.k_padded + k]);
-    }
-  });
-  const Tensor codes = codes_view(w, at::kChar);
-  const float* scale = static_cast<const float*>(w.scale);
-  for (int64_t n = 0; n < w.n; n += kColumns) {
-    const int64_t count = std::min(kColumns, w.n - n);
-    const Tensor sums = at::_int_mm(x_q, codes.narrow(0, n, count).t());
-    const int32_t* sum = sums.const_data_ptr<int32_t>();
-    at::parallel_for(0, m, grain(count), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t j = 0; j < count; ++j) {
-          const float v = static_cast<float>(sum[i * count + j]) * a.scale[i] * scale[n + j];
-          store(y, i * w.n + n + j, v + (bias.data ? load(bias, n + j) : 0.0f));
-        }
-      }
-    });
-  }
+// The same in float, whatever x's type, and rounded once, with the bias, to y's.
+void run_float(const Packed& w, const Tensor& x, const OptionalTensor& bias, Tensor& y) {
+  Tensor sums = x.scalar_type() == at::kFloat ? y : at::empty(y.sizes(), x.options().dtype(at::kFloat));
+  run_dequantized(w, x.to(at::kFloat), sums);
+  if (bias) sums.add_(*bias);
+  if (!sums.is_same(y)) y.copy_(sums);
 }
 
 Tensor linear(const Tensor& x, const Tensor& head, const OptionalTensor& bias, int64_t n) {
@@ -186,7 +154,8 @@ Tensor linear(const Tensor& x, const Tensor& head, const OptionalTensor& bias, i
   const Packed w = read(head);
   check_shape(w, n, x.size(-1));
   const DType dtype = dtype_of(x.scalar_type(), "x");
-  if (w.kind == Kind::kDense) return at::linear(x, codes_view(w, dense_type(w)), bias);
+  const Path path = choose(w, x.numel() / w.k, dtype);
+  if (path == Path::kStock) return at::linear(x, codes_view(w, dense_type(w)), bias);
   TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "autoq: bias must be [", n, "]");
   c10::SmallVector<int64_t, 5> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
@@ -196,15 +165,18 @@ Tensor linear(const Tensor& x, const Tensor& head, const OptionalTensor& bias, i
   const Tensor rows = x.contiguous();
   const Tensor bias_row = bias ? bias->contiguous() : Tensor();
   const Typed bias_typed = bias ? typed(bias_row, "bias") : Typed{nullptr, DType::kFloat};
-  switch (choose(w, m, dtype)) {
-    case Path::kFloatGemm:
-    case Path::kBFloat16Gemm: {
-      Tensor y_MN = y.view({m, n});
-      run_dequantized(w, rows.view({m, w.k}), bias, y_MN);
-      break;
+  if (path == Path::kCodes) {
+    run_codes(w, typed(rows, "x"), m, bias_typed, typed(y, "y"));
+  } else if (path == Path::kDense) {
+    run_dense(w, typed(rows, "x"), m, bias_typed, typed(y, "y"));
+  } else {
+    Tensor y_MN = y.view({m, n});
+    if (path == Path::kFloatGemm) {
+      run_float(w, rows.view({m, w.k}), bias, y_MN);
+    } else {
+      run_dequantized(w, rows.view({m, w.k}), y_MN);
+      if (bias) y_MN.add_(*bias);
     }
-    case Path::kInt8Gemm: run_int8(w, typed(rows, "x"), m, bias_typed, typed(y, "y")); break;
-    default: run_codes(w, typed(rows, "x"), m, bias_typed, typed(y, "y"));
   }
   return y;
 }
@@ -216,30 +188,34 @@ Tensor dequantize_op(const Tensor& head, int64_t n, int64_t k) {
   const Tensor out = at::empty({n, k}, at::kFloat);
   const Typed out_typed = typed(out, "out");
   at::parallel_for(0, n, grain(k), [&](int64_t begin, int64_t end) {
-    dequantize(w, begin, end, offset_rows(out_typed, begin * k));
+    dequantize(w, begin, end, offset(out_typed, begin * k));
   });
   return out;
 }
 
-std::string scheme_name(const Packed& w) {
+std::string scheme_name(const Packed& w, int64_t m) {
   switch (w.kind) {
-    case Kind::kInt8: return w.dynamic() ? "int8dq" : "int8wo";
+    case Kind::kDense: return w.bits == 16 ? "bf16" : w.bits == 17 ? "fp16" : "fp32";
+    case Kind::kInt8: return w.dynamic(m) ? "int8dq" : "int8wo";
     case Kind::kFp6E3M2: return "fp6_e3m2";
     case Kind::kFp6E2M3: return "fp6_e2m3";
-    default: return "int" + std::to_string(w.bits);
+    default: return "int" + std::to_string(w.bits) + (w.dynamic(m) ? "dq" : "");
   }
 }
 
 std::string kernel_name(const Tensor& head, int64_t m, at::ScalarType type) {
   const Packed w = read(head);
-  const std::string isa = AUTOQ_TEXT(AUTOQ_ISA);
-  switch (choose(w, m, dtype_of(type, "x"))) {
-    case Path::kDense: return "aten.linear";
-    case Path::kFloatGemm: return isa + "." + scheme_name(w) + ".dequantize+gemm.fp32";
-    case Path::kBFloat16Gemm: return isa + "." + scheme_name(w) + ".dequantize+gemm.bf16";
-    case Path::kInt8Gemm: return isa + "." + scheme_name(w) + ".int_mm";
-    default: return isa + "." + scheme_name(w) + (m == 1 ? ".gemv" : ".gemm");
+  const DType dtype = dtype_of(type, "x");
+  const std::string name = AUTOQ_TEXT(AUTOQ_ISA) "." + scheme_name(w, m);
+  switch (choose(w, m, dtype)) {
+    case Path::kStock: return "aten.linear";
+    case Path::kDense: return name + ".gemv";
+    case Path::kFloatGemm: return name + ".dequantize+gemm.fp32";
+    case Path::kBFloat16Gemm: return name + ".dequantize+gemm.bf16";
+    default: break;
   }
+  if (m <= kFewRows) return name + ".gemv";
+  return name + (activation_form(w, m, dtype).bytes ? ".gemm.int8" : ".gemm.int16");
 }
 
 }  // namespace
@@ -249,14 +225,12 @@ AUTOQ_LIBRARY(AUTOQ_NAMESPACE, library) {
   library.def("linear(Tensor x, Tensor head, Tensor? bias, int n) -> Tensor");
   library.def("dequantize(Tensor head, int n, int k) -> Tensor");
   library.def("kernel_name(Tensor head, int m, ScalarType dtype) -> str");
-  library.def("hqq(Tensor groups, int bits, float beta, float kappa, int iterations) -> (Tensor, Tensor, Tensor)");
 }
 
 AUTOQ_LIBRARY_IMPL(AUTOQ_NAMESPACE, CPU, library) {
   library.impl("linear", TORCH_FN(autoq::linear));
   library.impl("dequantize", TORCH_FN(autoq::dequantize_op));
   library.impl("kernel_name", TORCH_FN(autoq::kernel_name));
-  library.impl("hqq", TORCH_FN(autoq::hqq));
 }
 
 // Makes this build the CPU implementation of autoq::linear and autoq::dequantize, until the process ends.

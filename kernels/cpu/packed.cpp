@@ -45,9 +45,11 @@ const char* check_form(const Fields& f) {
       return "its header has an impossible group size";
     }
   }
-  if (f.activation_bits != 0 && (f.activation_bits != 8 || f.kind != static_cast<int64_t>(Kind::kInt8))) {
+  const auto kind = static_cast<Kind>(f.kind);
+  if (f.activation_bits != 0 && (f.activation_bits != 8 || (kind != Kind::kInt8 && kind != Kind::kAffine))) {
     return "its header has activation bits this kernel does not know";
   }
+  if (f.m_switch < 0 || (f.m_switch > 0 && f.activation_bits == 0)) return "its header has an impossible m_switch";
   return nullptr;
 }
 
@@ -83,14 +85,17 @@ const char* parse(const uint8_t* head, int64_t available, Packed* packed) {
   std::memcpy(&f, head, sizeof f);
   if (f.magic != kMagic) return "it does not start with the mark of a packed weight";
   if (f.version != kVersion) return "it is of another version than this kernel reads";
+  if (f.total < kHeaderBytes + kTrailingBytes) return "its header has an impossible size";
   if (f.total > available) return "it was copied without its weight: pass a view of the packed buffer's first bytes";
   if (const char* broken = check_form(f)) return broken;
   if (const char* broken = check_sections(f)) return broken;
   const auto at = [&](int64_t offset) { return offset ? head + offset : nullptr; };
+  const bool affine = f.kind == static_cast<int64_t>(Kind::kAffine);
   *packed = {
-      static_cast<Kind>(f.kind), f.bits, f.n, f.k, f.group_size, f.groups, f.activation_bits, padded_inputs(f),
-      at(f.codes), at(f.scale), reinterpret_cast<const uint16_t*>(at(f.minimum)),
-      reinterpret_cast<const float*>(at(f.row_scale)), reinterpret_cast<const float*>(at(f.column_scale))};
+      static_cast<Kind>(f.kind), f.bits, f.n, f.k, f.group_size, f.groups, f.activation_bits, f.m_switch,
+      padded_inputs(f),
+      at(f.codes), at(f.scale), reinterpret_cast<const uint16_t*>(affine ? at(f.minimum) : nullptr),
+      reinterpret_cast<const float*>(affine ? at(f.row_scale) : nullptr), reinterpret_cast<const float*>(at(f.column_scale))};
   return nullptr;
 }
 

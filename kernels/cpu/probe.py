@@ -15,14 +15,15 @@ from autoq_kernels import layout, ops
 from autoq_kernels.layout import Kind
 
 N, K = 6, 75  # neither a multiple of a tile, a vector or a block
-ROWS = (1, 3, 40)
+ROWS = (1, 3, 40, 70)
 GROUP_SIZE = 32
+M_SWITCH = 8  # of the mixes: between two of ROWS
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-4, torch.bfloat16: 3e-3}  # relative RMS
 _SECONDS = 300
 
 
 def sample_weights(n: int = N, k: int = K, group_size: int = GROUP_SIZE) -> dict[str, Tensor]:
-    """A packed weight of every kind and bit width, by name, from a fixed seed.
+    """A packed weight of every kind, bit width and treatment of activations, by name, from a fixed seed.
 
     Args:
         n: output features.
@@ -31,8 +32,9 @@ def sample_weights(n: int = N, k: int = K, group_size: int = GROUP_SIZE) -> dict
     """
     g = torch.Generator().manual_seed(0)
     groups = -(-k // group_size)
-    weights = {
-        f"int{bits}": layout.build(
+
+    def affine(bits: int, *, columns: bool = True, activation_bits: int = 0, m_switch: int = 0) -> Tensor:
+        return layout.build(
             kind=Kind.AFFINE,
             bits=bits,
             n=n,
@@ -42,16 +44,22 @@ def sample_weights(n: int = N, k: int = K, group_size: int = GROUP_SIZE) -> dict
             scale=(torch.rand(n, groups, generator=g) + 0.5).half(),
             minimum=(torch.randn(n, groups, generator=g) * 0.1 - 0.5 * (1 << bits)).half(),
             row_scale=torch.exp2(torch.randint(-8, 0, (n,), generator=g).float()),
-            column_scale=torch.rand(k, generator=g) + 0.5 if bits != 8 else None,
+            column_scale=torch.rand(k, generator=g) + 0.5 if columns else None,
+            activation_bits=activation_bits,
+            m_switch=m_switch,
         )
-        for bits in layout.PLANES
-    }
+
+    weights = {f"int{bits}": affine(bits, columns=bits != 8) for bits in layout.PLANES}
+    weights["int4dq"] = affine(4, activation_bits=8)
+    weights["int4mix"] = affine(4, columns=False, activation_bits=8, m_switch=M_SWITCH)
     scale = torch.rand(n, generator=g) + 0.5
     codes = torch.randint(-127, 128, (n, k), generator=g, dtype=torch.int8)
-    for name, activation_bits in (("int8wo", 0), ("int8dq", 8)):
-        weights[name] = layout.build(
-            kind=Kind.INT8, bits=8, n=n, k=k, codes=codes, scale=scale, activation_bits=activation_bits
-        )
+    for name, form in (
+        ("int8wo", {}),
+        ("int8dq", {"activation_bits": 8}),
+        ("int8mix", {"activation_bits": 8, "m_switch": M_SWITCH}),
+    ):
+        weights[name] = layout.build(kind=Kind.INT8, bits=8, n=n, k=k, codes=codes, scale=scale, **form)
     fp6 = torch.randint(0, 64, (n, -(-k // layout.BLOCK) * layout.BLOCK), generator=g, dtype=torch.uint8)
     for kind in (Kind.FP6_E3M2, Kind.FP6_E2M3):
         weights[kind.name.lower()] = layout.build(kind=kind, bits=6, n=n, k=k, codes=fp6, scale=scale)

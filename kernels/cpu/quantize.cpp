@@ -1,112 +1,98 @@
-// Half-quadratic quantization of groups, all iterations while a group is in registers and the L1 cache.
-// The reference is autoq.numerics.hqq; its comments say what is computed and why.
-#include "quantize.h"
-
+// The operators quantize and sinkhorn on the CPU: checks and threads.
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <c10/util/Half.h>
 
 #include <algorithm>
-#include <cmath>
+#include <optional>
+#include <string_view>
+
+#include "library.h"
+#include "packed.h"
+#include "quantize_rows.h"
+#include "sinkhorn.h"
 
 namespace autoq {
 namespace {
 
 using at::Tensor;
 
-constexpr int64_t kMaxGroup = 256;
-constexpr float kNoFraction = 12582912.0f;  // 1.5·2^23: adding it rounds |v| < 2^22 half to even
+constexpr int64_t kThreadWork = 1 << 15;  // weights below which a second thread costs more than it gives
 
-struct Form {
-  float top, beta, kappa;
-  int64_t iterations;
-};
-
-// The next half below (-1) or above (+1).
-c10::Half neighbour(c10::Half h, int direction) {
-  if ((h.x & 0x7fff) == 0) return c10::Half(direction > 0 ? 0x0001 : 0x8001, c10::Half::from_bits());
-  const bool grows = ((h.x & 0x8000) == 0) == (direction > 0);
-  return c10::Half(static_cast<uint16_t>(h.x + (grows ? 1 : -1)), c10::Half::from_bits());
-}
-
-c10::Half half_below(float v) {
-  const c10::Half h(v);
-  return static_cast<float>(h) > v ? neighbour(h, -1) : h;
-}
-
-c10::Half half_above(float v) {
-  const c10::Half h(v);
-  return static_cast<float>(h) < v ? neighbour(h, +1) : h;
-}
-
-inline float rounded(float v, float top) {
-  const float whole = (v + kNoFraction) - kNoFraction;
-  return std::min(std::max(whole, 0.0f), top);
-}
-
-// factor · x^-0.3: x^(-1/4) times a quadratic in x^(1/16); below 0.12 the result only has to exceed x.
-inline float power(float x, float factor) {
-  constexpr float a2 = 0.8642431f, a1 = -2.52148952f, a0 = 2.65729528f;
-  const float fourth = std::sqrt(std::sqrt(x)), c = std::sqrt(std::sqrt(fourth));
-  return factor / fourth * ((a2 * c + a1) * c + a0);
-}
-
-// One pass over a group: (sum of |r|, sum of the moves) at the offset z.
-void pass(const float* offset, int64_t size, float z, float top, float factor, float* error, float* move) {
-  float errors = 0.0f, moves = 0.0f;
-#pragma omp simd reduction(+ : errors, moves)
-  for (int64_t i = 0; i < size; ++i) {
-    const float v = offset[i] + z, r = v - rounded(v, top), magnitude = std::fabs(r);
-    errors += magnitude;
-    moves += std::copysign(std::min(power(magnitude, factor), magnitude), r);
-  }
-  *error = errors;
-  *move = moves;
-}
-
-void quantize_group(const float* w, int64_t size, const Form& form, uint8_t* codes, c10::Half* scale, c10::Half* minimum) {
-  const auto [low, high] = std::minmax_element(w, w + size);
-  const c10::Half start = half_below(*low);
-  *scale = half_above((*high - static_cast<float>(start)) / form.top);
-  const float step = *scale, from = start, inverse = step > 0.0f ? 1.0f / step : 0.0f;
-  float offset[kMaxGroup];
-  for (int64_t i = 0; i < size; ++i) offset[i] = (w[i] - from) * inverse;
-  float ideal = 0.0f, best_z = 0.0f, best_error = INFINITY, beta = form.beta;
-  for (int64_t iteration = 0; iteration < form.iterations; ++iteration, beta *= form.kappa) {
-    const float stored = static_cast<float>(c10::Half(from - ideal * step));
-    const float z = (from - stored) * inverse;
-    float error, move;
-    pass(offset, size, z, form.top, 1.0f / beta, &error, &move);
-    if (error < best_error) {
-      best_error = error;
-      best_z = z;
+Source source(const Tensor& w) {
+  TORCH_CHECK(w.device().is_cpu() && w.layout() == at::kStrided && w.dim() == 2 && w.numel() > 0,
+              "autoq: weight must be a matrix on the CPU; got ", w.toString(), " ", w.sizes());
+  const auto dtype = [&] {
+    switch (w.scalar_type()) {
+      case at::kFloat: return DType::kFloat;
+      case at::kHalf: return DType::kHalf;
+      case at::kBFloat16: return DType::kBFloat16;
+      default: TORCH_CHECK(false, "autoq: weight must be float32, bfloat16 or float16; got ", w.scalar_type());
     }
-    ideal -= move / static_cast<float>(size);
+  }();
+  return {w.const_data_ptr(), dtype, w.stride(0), w.stride(1)};
+}
+
+// The sections of a buffer that is to be filled; `parse` has seen that all of them lie within it.
+Packed sections(const Tensor& buffer) {
+  TORCH_CHECK(buffer.device().is_cpu() && buffer.scalar_type() == at::kByte && buffer.dim() == 1 && buffer.is_contiguous(),
+              "autoq: buffer must be a contiguous 1-D uint8 tensor on the CPU; got ", buffer.toString(), " ", buffer.sizes());
+  Packed out;
+  const char* broken = parse(buffer.mutable_data_ptr<uint8_t>(), buffer.numel(), &out);
+  TORCH_CHECK(broken == nullptr, "autoq: buffer is no packed weight: ", broken);
+  TORCH_CHECK(out.kind != Kind::kDense, "autoq: a dense weight is not quantized");
+  TORCH_CHECK(out.kind != Kind::kAffine || (out.minimum && out.row_scale), "autoq: buffer needs a minimum and a row scale");
+  return out;
+}
+
+void quantize(const Tensor& weight, Tensor buffer, std::string_view method, const std::optional<Tensor>& column_scale,
+              double beta, double kappa, int64_t iterations) {
+  const Source w = source(weight);
+  const Packed out = sections(buffer);
+  TORCH_CHECK(weight.size(0) == out.n && weight.size(1) == out.k, "autoq: weight must be [", out.n, ", ", out.k,
+              "], as the buffer says; got ", weight.sizes());
+  TORCH_CHECK(column_scale.has_value() == (out.column_scale != nullptr),
+              "autoq: column_scale must be given exactly where the buffer has one");
+  const bool hqq = method == "hqq";
+  TORCH_CHECK(hqq || method == "rtn", "autoq: method must be rtn or hqq; got ", method);
+  TORCH_CHECK(!hqq || (out.kind == Kind::kAffine && iterations >= 1), "autoq: hqq needs an affine buffer and an iteration");
+  const HqqForm form{iterations, static_cast<float>(beta), static_cast<float>(kappa)};
+  if (column_scale) {
+    TORCH_CHECK(column_scale->device().is_cpu() && column_scale->scalar_type() == at::kFloat &&
+                column_scale->dim() == 1 && column_scale->size(0) == out.k, "autoq: column_scale must be float32 [", out.k, "]");
+    const Tensor scale = column_scale->contiguous();
+    std::copy_n(scale.const_data_ptr<float>(), out.k, const_cast<float*>(out.column_scale));
   }
-  for (int64_t i = 0; i < size; ++i) codes[i] = static_cast<uint8_t>(rounded(offset[i] + best_z, form.top));
-  *minimum = c10::Half(from - best_z * step);
+  at::parallel_for(0, out.n, std::max<int64_t>(1, kThreadWork / out.k), [&](int64_t begin, int64_t end) {
+    hqq ? hqq_rows(w, out, form, begin, end) : round_rows(w, out, begin, end);
+  });
+}
+
+Tensor sinkhorn(const Tensor& weight, int64_t group_size, int64_t iterations) {
+  const Source w = source(weight);
+  TORCH_CHECK(group_size >= 1, "autoq: group_size must be at least 1; got ", group_size);
+  const int64_t n = weight.size(0), k = weight.size(1), tiles = (k + group_size - 1) / group_size;
+  const Tensor t = at::empty({k}, at::kFloat);
+  float* factors = t.mutable_data_ptr<float>();
+  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * group_size; first < std::min(k, end * group_size); first += group_size) {
+      sinkhorn_tile(w, n, first, std::min(group_size, k - first), iterations, factors + first);
+    }
+  });
+  return t;
 }
 
 }  // namespace
+}  // namespace autoq
 
-std::tuple<Tensor, Tensor, Tensor> hqq(const Tensor& groups, int64_t bits, double beta, double kappa, int64_t iterations) {
-  TORCH_CHECK(groups.scalar_type() == at::kFloat && groups.dim() >= 1 && groups.size(-1) >= 1 && groups.size(-1) <= kMaxGroup,
-              "autoq: groups must be float32 [..., g] with g from 1 to ", kMaxGroup, "; got ", groups.toString(), " ", groups.sizes());
-  TORCH_CHECK(bits >= 2 && bits <= 8 && iterations >= 1, "autoq: bits must be 2 to 8 and iterations at least 1");
-  const Tensor w = groups.contiguous();
-  const int64_t size = w.size(-1), count = w.numel() / size;
-  const Tensor codes = at::empty(w.sizes(), at::kByte);
-  const Tensor scale = at::empty(w.sizes().slice(0, w.dim() - 1), at::kHalf), minimum = at::empty_like(scale);
-  const float* values = w.const_data_ptr<float>();
-  uint8_t* code = codes.mutable_data_ptr<uint8_t>();
-  c10::Half* scales = scale.mutable_data_ptr<c10::Half>();
-  c10::Half* minima = minimum.mutable_data_ptr<c10::Half>();
-  const Form form{static_cast<float>((1 << bits) - 1), static_cast<float>(beta), static_cast<float>(kappa), iterations};
-  for (int64_t i = 0; i < count; ++i) {  // callers give each thread its own rows
-    quantize_group(values + i * size, size, form, code + i * size, scales + i, minima + i);
-  }
-  return {codes, scale, minimum};
+AUTOQ_LIBRARY_FRAGMENT(AUTOQ_NAMESPACE, library) {
+  library.def(
+      "quantize(Tensor weight, Tensor(a!) buffer, str method, Tensor? column_scale, float beta, float kappa, "
+      "int iterations) -> ()");
+  library.def("sinkhorn(Tensor weight, int group_size, int iterations) -> Tensor");
 }
 
-}  // namespace autoq
+AUTOQ_LIBRARY_IMPL(AUTOQ_NAMESPACE, CPU, library) {
+  library.impl("quantize", TORCH_FN(autoq::quantize));
+  library.impl("sinkhorn", TORCH_FN(autoq::sinkhorn));
+}

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch.utils import cpp_extension
 
-Isa = Literal["portable", "avx2", "avx512"]
+Isa = Literal["portable", "avx2", "avxvnni", "avx512"]
 
 _HERE = Path(__file__).parent
 _COMPILERS = ("g++", "c++")
@@ -22,7 +22,12 @@ _VERSION_SECONDS = 30
 # Linux's names of the features, and the compiler's flags for them.
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
-_FEATURES: dict[Isa, tuple[str, ...]] = {"avx512": _AVX512, "avx2": _AVX2, "portable": ()}
+_FEATURES: dict[Isa, tuple[str, ...]] = {
+    "avx512": _AVX512,
+    "avxvnni": (*_AVX2, "avxvnni"),
+    "avx2": _AVX2,
+    "portable": (),
+}
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-psabi")
 
 
@@ -83,13 +88,14 @@ def build_key(isa: Isa, compiler: Compiler) -> dict[str, str]:
     }
 
 
-def compile_library(isa: Isa, compiler: Compiler, folder: Path) -> Path:
+def compile_library(isa: Isa, compiler: Compiler, folder: Path, *, extra_flags: tuple[str, ...] = ()) -> Path:
     """Compile the kernels, one compiler process per source.
 
     Args:
         isa: the instruction set to compile for.
         compiler: what to compile with.
         folder: an empty folder for the objects.
+        extra_flags: for compiling and linking, after the usual ones; such as a sanitizer's.
 
     Returns:
         The shared library, in `folder`.
@@ -102,7 +108,7 @@ def compile_library(isa: Isa, compiler: Compiler, folder: Path) -> Path:
     objects: list[str] = []
     for source in sorted(_HERE.glob("*.cpp")):
         objects.append(str(folder / f"{source.stem}.o"))
-        command = [compiler.path, *_flags(isa), *includes, "-c", str(source), "-o", objects[-1]]
+        command = [compiler.path, *_flags(isa), *extra_flags, *includes, "-c", str(source), "-o", objects[-1]]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         jobs.append((command, process))
     for command, process in jobs:
@@ -112,7 +118,7 @@ def compile_library(isa: Isa, compiler: Compiler, folder: Path) -> Path:
     paths = [f"-L{path}" for path in cpp_extension.library_paths()]
     # Linked without -fopenmp: OpenMP's functions must be those of the one runtime torch has loaded.
     _run(
-        [compiler.path, "-shared", *objects, "-o", str(library), *paths, "-ltorch_cpu", "-lc10"],
+        [compiler.path, "-shared", *extra_flags, *objects, "-o", str(library), *paths, "-ltorch_cpu", "-lc10"],
         timeout=_COMPILE_SECONDS,
     )
     return library
@@ -129,7 +135,7 @@ def _cpu_features() -> frozenset[str]:
     if platform.machine() != "x86_64" or not cpuinfo.exists():
         return frozenset()
     flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
-    return frozenset(flags.partition(":")[2].replace("avx512_", "avx512").split())
+    return frozenset(flags.partition(":")[2].replace("avx512_", "avx512").replace("avx_vnni", "avxvnni").split())
 
 
 def _run(command: list[str], *, timeout: float) -> str:

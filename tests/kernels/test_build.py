@@ -47,6 +47,44 @@ def copying(monkeypatch, ready):
     return calls
 
 
+# Stands in for g++: objects hold the instruction set, a library is a copy of TRAP or of the good build.
+SCRIPT = """#!/bin/sh
+if [ "$1" = --version ]; then echo script 1.0; exit; fi
+first=$1 object=$2
+while [ $# -gt 0 ]; do
+  case "$1" in -o) output=$2;; -DAUTOQ_ISA=*) isa=${{1#*=}};; esac
+  shift
+done
+if [ "$first" != -shared ]; then echo "$isa" > "$output"; exit; fi
+echo link >> {log}
+sleep 1
+case "$(cat "$object")" in {trapping}) cp {trap} "$output";; *) cp {ready} "$output";; esac
+"""
+
+
+@pytest.fixture(scope="module")
+def trap(tmp_path_factory):
+    """A library that executes an illegal instruction when it is loaded."""
+    folder = tmp_path_factory.mktemp("trap")
+    source, library = folder / "trap.cpp", folder / "trap.so"
+    source.write_text("__attribute__((constructor)) static void trap() { __builtin_trap(); }\n")
+    subprocess.run([toolchain.find_compiler(None).path, "-shared", "-fPIC", source, "-o", library], check=True)
+    return library
+
+
+@pytest.fixture
+def scripted(tmp_path, ready, trap):
+    """Writes a compiler whose libraries of some instruction sets trap; it notes each linking in links.log."""
+
+    def write(trapping):
+        path = tmp_path / "script"
+        path.write_text(SCRIPT.format(log=tmp_path / "links.log", trapping=trapping, trap=trap, ready=ready))
+        path.chmod(0o755)
+        return str(path)
+
+    return write
+
+
 def ensure(folder):
     return build._ensure_built("portable", folder, toolchain.find_compiler(None))
 
@@ -110,13 +148,27 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path):
         ensure(tmp_path / "file")
 
 
-def test_an_illegal_instruction_kills_the_probe_only(tmp_path):
-    source = tmp_path / "trap.cpp"
-    source.write_text("__attribute__((constructor)) static void trap() { __builtin_trap(); }\n")
-    library = tmp_path / "trap.so"
-    compiler = toolchain.find_compiler(None).path
-    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-    assert "SIGILL" in probe.failure(library, "autoq_trap")
+def test_an_illegal_instruction_kills_the_probe_only(trap):
+    assert "SIGILL" in probe.failure(trap, "autoq_trap")
+
+
+def test_an_illegal_instruction_is_an_error_where_the_instruction_set_was_asked_for(tmp_path, scripted):
+    with pytest.raises(build.KernelBuildError, match="SIGILL"):
+        build.load("portable", cache_dir=tmp_path / "cache", compiler=scripted("portable"))
+    assert not list((tmp_path / "cache").glob("*.so"))
+
+
+@pytest.mark.parametrize("trapping", ["avx*", "*"])
+def test_after_an_illegal_instruction_the_next_best_runs_and_the_reason_is_told(tmp_path, scripted, trapping):
+    best = toolchain.best_isa()
+    if best == "portable" and trapping == "avx*":
+        pytest.skip("this processor has no better instruction set to fall back from")
+    out, err = child(tmp_path / "cache", f'compiler="{scripted(trapping)}", ').communicate()
+    isa, reason, shape = eval(out)
+    assert isa == ("portable" if trapping == "avx*" else None)
+    assert f"{best}: the {best} kernels compiled but do not work: the probe was killed by SIGILL" in reason
+    assert shape == (2, probe.N)
+    assert "SIGILL" in err  # the warning
 
 
 def test_a_build_with_wrong_results_is_not_used(monkeypatch, tmp_path, copying):
@@ -130,6 +182,15 @@ def test_the_probe_sees_a_wrong_result(monkeypatch, ready):
     assert probe.wrong_results("autoq_portable") == []
     monkeypatch.setattr(probe.ops, "dequantize", lambda head, n, k: torch.ones(n, k))
     assert any("dequantize of int4" in line for line in probe.wrong_results("autoq_portable"))
+
+
+def test_two_processes_at_once_compile_once(tmp_path, scripted):
+    cache, compiler = tmp_path / "cache", scripted("none")
+    children = [child(cache, f'isa="portable", compiler="{compiler}", ') for _ in range(2)]
+    results = [process.communicate() for process in children]
+    assert [eval(out)[0] for out, _ in results] == ["portable", "portable"], results
+    assert (tmp_path / "links.log").read_text() == "link\n"
+    assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".lock", ".so"]
 
 
 @pytest.mark.slow

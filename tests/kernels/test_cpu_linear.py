@@ -13,7 +13,7 @@ from autoq_kernels.layout import Kind
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-4, torch.bfloat16: 3e-3}  # relative RMS
 SHAPES = [(1, 1), (5, 33), (1, 576), (37, 96), (130, 520)]  # (N, K)
 NO_ACCESS = 0  # PROT_NONE
-ROWS = (1, 2, 3, 7, 16, 17, 33)
+ROWS = (1, 2, 3, 7, 16, 17, 33, 65, 257)
 
 
 def limit(dtype, count):
@@ -22,11 +22,17 @@ def limit(dtype, count):
 
 
 def reference(x, head, bias, n):
+    """In float64, but for the rounding of x, which is defined in float32."""
     form = layout.header(head)
-    if form.activation_bits:
-        q, scale = ops.quantize_rows(x.reshape(-1, form.k))
-        y = q.double() @ layout.codes(layout.buffer(head)).double().T * scale.double()
-        y = (y * layout.sections(layout.buffer(head))["scale"].double()).reshape(*x.shape[:-1], n)
+    x_MK = x.reshape(-1, form.k)
+    if form.activation_bits and len(x_MK) >= form.m_switch:
+        data = layout.buffer(head)
+        parts = layout.sections(data)
+        column = parts.get("column_scale", torch.ones(form.k))
+        q, scale = ops.quantize_rows(x_MK.float() * column)
+        weight = ops.dequantize(head, n, form.k).double() / column.double()
+        y = q.double() @ weight.T * scale.double()
+        y = y.reshape(*x.shape[:-1], n)
     else:
         y = x.double() @ ops.dequantize(head, n, form.k).double().T
     return y if bias is None else y + bias.double()
@@ -69,6 +75,22 @@ def test_group_sizes_that_are_cut_into_blocks(operators, group_size, m):
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(0))
         error = probe.relative_rms(operators.linear(x, head, None, n), reference(x, head, None, n))
         assert error <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_an_unquantized_weight_is_multiplied_as_it_is(operators, n, k, dtype):
+    g = torch.Generator().manual_seed(2)
+    weight, bias = torch.randn(n, k, generator=g).to(dtype), torch.randn(n, generator=g).to(dtype)
+    bits = layout.DENSE_BITS[dtype]
+    head = head_of(layout.build(kind=Kind.DENSE, bits=bits, n=n, k=k, codes=weight))
+    for m in (1, 2, 3, 4, 5, 12, 31, 32, 33, 100):
+        x = torch.randn(m, k, generator=g).to(dtype)
+        for b in (None, bias):
+            expected = x.double() @ weight.double().T + (0 if b is None else b.double())
+            y = operators.linear(x, head, b, n)
+            assert y.dtype == dtype
+            assert probe.relative_rms(y, expected) <= limit(dtype, y.numel()), m
 
 
 def test_dequantize_is_the_definition(operators):
@@ -211,5 +233,10 @@ def test_kernel_names_say_what_runs(operators, isa):
     weights = probe.sample_weights()
     name = lambda key, m, dtype: operators.kernel_name(head_of(weights[key]), m, dtype)  # noqa: E731 - a shorthand
     assert name("int4", 1, torch.bfloat16) == f"{isa}.int4.gemv"
-    assert name("int8dq", 64, torch.float32) == f"{isa}.int8dq.gemm"
+    nibbles = "int16" if isa == "portable" else "int8"  # what x is rounded to where the build multiplies bytes
+    bytes_ = "int8" if isa.startswith(("avx512", "avxvnni")) else "int16"
+    assert name("int8dq", 64, torch.float32) == f"{isa}.int8dq.gemm.{bytes_}"
+    assert name("int4dq", 64, torch.bfloat16) == f"{isa}.int4dq.gemm.{nibbles}"
+    assert name("int8mix", 7, torch.bfloat16) == f"{isa}.int8wo.gemm.int16"
+    assert name("int8mix", 8, torch.bfloat16) == f"{isa}.int8dq.gemm.{bytes_}"
     assert name("fp6_e3m2", 512, torch.float32) == f"{isa}.fp6_e3m2.dequantize+gemm.fp32"

@@ -90,7 +90,9 @@ def test_a_copied_head_is_refused():
     [
         ({"bits": 7}, "bits of AFFINE"),
         ({"group_size": 48}, "multiple of 32"),
-        ({"activation_bits": 8}, "activation_bits"),
+        ({"activation_bits": 4}, "activation_bits"),
+        ({"m_switch": 8}, "m_switch"),
+        ({"activation_bits": 8, "m_switch": -1}, "m_switch"),
         ({"scale": None}, "needs scale"),
         ({"scale": torch.ones(2, 2)}, "must be torch.float16"),
         ({"codes": torch.zeros(2, 32, dtype=torch.uint8)}, "codes of AFFINE"),
@@ -138,3 +140,15 @@ def test_repeated_rows_are_the_weight_several_times_over():
     assert torch.equal(layout.sections(twice)["minimum"], minimum.repeat(2, 1))
     assert torch.equal(layout.sections(twice)["column_scale"], layout.sections(data)["column_scale"])
     assert torch.equal(layout.repeat_rows(data, 1), data)
+
+
+def test_an_allocated_buffer_has_the_form_of_a_built_one():
+    codes, built = affine(5)
+    empty = layout.allocate(kind=Kind.AFFINE, bits=5, n=5, k=70, group_size=32, has_column_scale=True)
+    assert layout.header(empty) == layout.header(built)
+    assert not empty[layout.HEADER_BYTES :].any()
+    for kind, bits, dtype in ((Kind.INT8, 8, torch.int8), (Kind.FP6_E2M3, 6, torch.uint8)):
+        whole = layout.build(kind=kind, bits=bits, n=3, k=64, codes=codes[:3, :64].to(dtype) % 64, scale=torch.ones(3))
+        assert layout.header(layout.allocate(kind=kind, bits=bits, n=3, k=64)) == layout.header(whole)
+    with pytest.raises(LayoutError, match="has no column_scale"):
+        layout.allocate(kind=Kind.INT8, bits=8, n=3, k=64, has_column_scale=True)

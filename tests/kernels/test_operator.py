@@ -28,7 +28,7 @@ def weights():
     return probe.sample_weights() | {"none": dense}
 
 
-@pytest.mark.parametrize("name", ["int4", "int8wo", "int8dq", "fp6_e3m2"])
+@pytest.mark.parametrize("name", ["int4", "int4dq", "int8wo", "int8dq", "int8mix", "fp6_e3m2"])
 def test_opcheck(name):
     """The whole buffer stands in for its head: opcheck copies its arguments, and a copied head has no weight."""
     data = weights()[name]
@@ -42,9 +42,10 @@ def test_the_default_definition_agrees_with_float64():
     x, bias = torch.randn(4, K), torch.randn(N)
     for name, data in weights().items():
         w = ops.dequantize(head_of(data), N, K).double()
-        if name == "int8dq":
-            q, scale = ops.quantize_rows(x)
-            expected = (q.double() * scale.double()) @ w.T + bias.double()
+        if name in ("int8dq", "int4dq"):
+            column = layout.sections(data).get("column_scale", torch.ones(K))
+            q, scale = ops.quantize_rows(x * column)
+            expected = (q.double() * scale.double()) @ (w / column).T + bias.double()
         else:
             expected = x.double() @ w.T + bias.double()
         assert probe.relative_rms(ops.linear(x, head_of(data), bias, N), expected) <= 1e-6, name
