@@ -40,18 +40,22 @@ class ApplyReport:
 
     Attributes:
         applied: layer → scheme of every layer that is quantized now.
+        unquantized: layers planned as ``none`` whose weight, as it is, runs in autoq's kernels now.
         skipped: layers the plan quantizes that were left alone, with the reason.
         unmatched: layers the plan names and the model lacks.
-        missing: linear layers of the model the plan does not name; they stay as they are.
+        missing: linear layers of the model the plan does not name; they stay as they are. None if it names no layer.
     """
 
     applied: Mapping[str, Scheme]
+    unquantized: tuple[str, ...]
     skipped: tuple[SkippedLayer, ...]
     unmatched: tuple[str, ...]
     missing: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [f"{len(self.applied)} layers quantized"]
+        if self.unquantized:
+            lines.append(f"{len(self.unquantized)} layers unquantized in autoq's kernels")
         lines += [f"left alone: {one.name} ({one.scheme}): {one.reason}" for one in self.skipped]
         lines += [f"not in the model: {name}" for name in self.unmatched]
         lines += [f"not in the plan: {name}" for name in self.missing]
@@ -60,7 +64,7 @@ class ApplyReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
-    """A layer of the model as ``apply`` sees it, float or quantized already."""
+    """A layer of the model as ``apply`` sees it, an ``nn.Linear`` or replaced already."""
 
     name: str
     module: nn.Linear | QuantLinear
@@ -71,6 +75,17 @@ class _Layer:
     def original(self) -> nn.Linear | None:
         """The float layer, if it is there."""
         return self.module.original if isinstance(self.module, QuantLinear) else self.module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.module.dtype if isinstance(self.module, QuantLinear) else self.module.weight.dtype
+
+    @property
+    def device(self) -> str:
+        """The device type."""
+        module = self.module
+        return module.head.device.type if isinstance(module, QuantLinear) else module.weight.device.type
 
 
 def apply(
@@ -85,8 +100,10 @@ def apply(
     """Quantize a model's linear layers as a plan says, in place.
 
     All weights are packed before the first layer is replaced: after an error the model is as it was. Layers planned as
-    ``none`` stay ``nn.Linear``. A model that is quantized already can change its plan if it kept its float weights, or
-    where the scheme stays the same. Parameters tied to a quantized weight (an embedding) keep theirs.
+    ``none`` keep their weight: in autoq's kernels where those are faster (bfloat16 and float16 on the CPU; it is no
+    parameter then), and as the ``nn.Linear`` they are elsewhere. A plan without layers leaves the model alone. A model
+    that is quantized already can change its plan if it kept its float weights, or where the scheme stays the same.
+    Parameters tied to a packed weight (an embedding) keep theirs.
 
     Args:
         model: plain, compiled or wrapped.
@@ -117,7 +134,7 @@ def apply(
             got=f"none of its {len(unmatched)} layers, such as {unmatched[0]}",
             fix="The plan is for another model.",
         )
-    missing = tuple(layer.name for layer in layers if layer.reason is None and layer.name not in wanted)
+    missing = tuple(layer.name for layer in layers if wanted and layer.reason is None and layer.name not in wanted)
     chosen, skipped = _choose([layer for layer in layers if layer.name in wanted], wanted)
     if strict and (skipped or unmatched or missing):
         raise PlanError("plan and model name the same layers", got=_differences(skipped, unmatched, missing))
@@ -126,12 +143,18 @@ def apply(
         _install(model, chosen, weights, keep_float)
     carried = {layer.name: candidate.scheme for layer, candidate in chosen}
     _remember(model, _changed(plan, {name: carried.get(name, NONE) for name in wanted}))
-    applied = {layer.name: candidate.scheme for layer, candidate in chosen if candidate.scheme != NONE}
-    return ApplyReport(applied=applied, skipped=tuple(skipped), unmatched=unmatched, missing=missing)
+    ours = {name: layer.candidate.scheme for name, layer in quantized_layers(model).items() if name in carried}
+    return ApplyReport(
+        applied={name: scheme for name, scheme in carried.items() if scheme != NONE},
+        unquantized=tuple(name for name, scheme in ours.items() if scheme == NONE),
+        skipped=tuple(skipped),
+        unmatched=unmatched,
+        missing=missing,
+    )
 
 
 def plan_of(model: nn.Module) -> Plan | None:
-    """The plan a model carries, with its provenance; None if no layer is quantized.
+    """The plan a model carries, with its provenance; None if autoq runs none of its layers.
 
     The layers' own schemes count: layers that were restored or replaced since are left out or updated.
     """
@@ -145,15 +168,15 @@ def plan_of(model: nn.Module) -> Plan | None:
 
 
 def restore(model: nn.Module) -> int:
-    """Bring the float layers back that ``apply(keep_float=True)`` kept; all of them or, on an error, none.
+    """Bring the float layers back that ``apply(keep_float=True)`` replaced; all of them or, on an error, none.
 
     They come back on the model's present device and in its present dtype; unmoved ones are bit-equal to before.
 
     Returns:
-        How many layers were restored; 0 if none was quantized.
+        How many layers were restored; 0 if autoq ran none.
 
     Raises:
-        ModelError: if a quantized layer did not keep its float weight.
+        ModelError: if a layer did not keep its float weight.
     """
     layers = quantized_layers(model)
     gone = [name for name, layer in layers.items() if layer.original is None]
@@ -189,7 +212,7 @@ def _choose(
         candidate = candidates.parse(wanted[layer.name])
         reason = None
         if candidate.scheme != NONE:
-            reason = layer.reason or _why_not(layer.module, candidate)
+            reason = layer.reason or _why_not(layer, candidate)
         if reason is None:
             chosen.append((layer, candidate))
         else:
@@ -197,13 +220,15 @@ def _choose(
     return chosen, skipped
 
 
-def _why_not(module: nn.Linear | QuantLinear, candidate: Candidate) -> str | None:
-    if isinstance(module, QuantLinear):
-        dtype, device = module.dtype, module.head.device
-    else:
-        dtype, device = module.weight.dtype, module.weight.device
+def _why_not(layer: _Layer, candidate: Candidate) -> str | None:
+    module = layer.module
     op = LinearOp(
-        m=1, k=module.in_features, n=module.out_features, dtype=dtype, device=device.type, bias=module.bias is not None
+        m=1,
+        k=module.in_features,
+        n=module.out_features,
+        dtype=layer.dtype,
+        device=layer.device,
+        bias=module.bias is not None,
     )
     return candidate.why_not(op)
 
@@ -211,17 +236,17 @@ def _why_not(module: nn.Linear | QuantLinear, candidate: Candidate) -> str | Non
 def _pack(
     chosen: list[tuple[_Layer, Candidate]], known: Mapping[str, Packed], progress: Progress | None
 ) -> dict[str, Packed]:
-    """The packed weights of all layers that change to a scheme."""
+    """The packed weights of all layers that change, but for those that become ``nn.Linear``."""
     weights: dict[str, Packed] = {}
-    todo = [(layer, candidate) for layer, candidate in chosen if _changes(layer.module, candidate)]
+    todo = [(layer, candidate) for layer, candidate in chosen if _changes(layer, candidate)]
     for count, (layer, candidate) in enumerate(todo):
         if progress is not None:
             progress("apply", layer.name, count, len(todo))
         shape = (layer.module.out_features, layer.module.in_features)
-        if candidate.scheme == NONE:
+        if _is_left_alone(layer, candidate):
             _float_weight(layer)
         elif layer.name not in known:
-            weights[layer.name] = candidate.pack(_float_weight(layer), layer=layer.name)
+            weights[layer.name] = candidate.pack(_float_weight(layer).to(layer.dtype), layer=layer.name)
         elif known[layer.name].shape == shape:
             weights[layer.name] = known[layer.name]
         else:
@@ -240,9 +265,16 @@ def _float_weight(layer: _Layer) -> Tensor:
     return layer.original.weight
 
 
-def _changes(module: nn.Linear | QuantLinear, candidate: Candidate) -> bool:
-    now = module.candidate.scheme if isinstance(module, QuantLinear) else NONE
-    return candidate.scheme != now
+def _is_left_alone(layer: _Layer, candidate: Candidate) -> bool:
+    """Whether the layer is an ``nn.Linear`` under the scheme."""
+    unplanned = candidate.scheme == NONE and layer.reason is not None
+    return unplanned or candidate.leaves_alone(layer.dtype, layer.device)
+
+
+def _changes(layer: _Layer, candidate: Candidate) -> bool:
+    if isinstance(layer.module, QuantLinear):
+        return candidate.scheme != layer.module.candidate.scheme
+    return not _is_left_alone(layer, candidate)
 
 
 def _install(
@@ -256,10 +288,10 @@ def _install(
     for layer, candidate in chosen:
         module = layer.module
         if isinstance(module, QuantLinear):
-            if candidate.scheme == NONE:
-                changes[module] = _float_layer(module)
-            elif layer.name in weights:
+            if layer.name in weights:
                 module.set_packed(weights[layer.name], candidate)
+            elif _changes(layer, candidate):
+                changes[module] = _float_layer(module)
         elif layer.name in weights:
             changes[module] = QuantLinear(
                 candidate,

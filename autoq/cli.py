@@ -20,6 +20,7 @@ from autoq.errors import AutoqError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from autoq.evaluation import Difference
     from autoq.loading import Loaded
     from autoq.plan import Plan
     from autoq.quantizing import Measured
@@ -346,6 +347,7 @@ def _prepared(name: str, text: Path | None, rows: int, progress: Progress) -> tu
 
 def _losses(loaded: Loaded, plan: Plan | None, batches: Any, progress: Progress) -> dict[str, Any]:
     """Mean loss before and, with a plan, after, with the paired difference's interval."""
+    from autoq.evaluation import largest
     from autoq.quantizing import loss_meter
 
     meter = loss_meter(loaded.model, plan, batches)
@@ -359,22 +361,26 @@ def _losses(loaded: Loaded, plan: Plan | None, batches: Any, progress: Progress)
     }
     if plan is not None:
         progress("evaluate", "under the plan", 1, 2)
-        change = meter.difference(plan.layers)
-        found |= {"loss_delta": change.mean, "loss_low": change.low, "loss_high": change.high}
+        changes = meter.by_phase(plan.layers)
+        found |= _loss_figures(largest(changes))
+        if meter.forms.differ(plan.layers):
+            found["phases"] = {name: _loss_figures(change) for name, change in changes.items()}
         found["quantized_layers"] = sum(str(scheme) != "none" for scheme in plan.layers.values())
     progress("evaluate", "", 1, 1)
     return found
 
 
+def _loss_figures(change: Difference) -> dict[str, float]:
+    return {"loss_delta": change.mean, "loss_low": change.low, "loss_high": change.high}
+
+
 def _measured_plan(plan: Plan, measured: Measured) -> Plan:
     """The plan with fresh figures in place of those it was saved with."""
-    change, calls = measured.difference, {name: plan.phases.get(name, 1.0) for name in measured.phases}
+    changes, calls = measured.phase_differences, {name: plan.phases.get(name, 1.0) for name in measured.phases}
     times, base = measured.phases, measured.baseline_phases
     figures = {
-        "loss_delta": change.mean,
-        "loss_low": change.low,
-        "loss_high": change.high,
-        "samples": change.samples,
+        **_loss_figures(measured.difference),
+        "samples": measured.difference.samples,
         "baseline_loss": measured.baseline_loss,
         "latency_us": sum(count * times[name].median_us for name, count in calls.items()),
         "baseline_latency_us": sum(count * base[name].median_us for name, count in calls.items()),
@@ -389,6 +395,7 @@ def _measured_plan(plan: Plan, measured: Measured) -> Plan:
                 "baseline_low_us": base[name].low_us,
                 "baseline_high_us": base[name].high_us,
                 "calls": count,
+                **(_loss_figures(changes[name]) if changes else {}),
             }
             for name, count in calls.items()
         },

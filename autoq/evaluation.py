@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from autoq.errors import InputError
 from autoq.losses import Batch, Metric
 from autoq.modules import evaluating
+from autoq.phase_forms import PhaseForms
 from autoq.scheme import NONE, Scheme
 from autoq.shadow import Shadow
 
@@ -36,6 +37,22 @@ class Difference:
     low: float
     high: float
     samples: int
+
+
+class Bounded(Protocol):
+    """A measured loss with the upper end of its interval."""
+
+    @property
+    def high(self) -> float:
+        """That end."""
+
+
+_Loss = TypeVar("_Loss", bound=Bounded)
+
+
+def largest(losses: Mapping[str, _Loss]) -> _Loss:
+    """The one of several phases' losses that counts: a plan is in budget when every phase's arithmetic is."""
+    return max(losses.values(), key=lambda loss: loss.high)
 
 
 def paired(losses: Tensor, baseline: Tensor, *, seed: int = 0) -> Difference:
@@ -89,6 +106,7 @@ class LossMeter:
         batches: all samples, in a fixed order.
         eval_fn: the user's own measure of a whole model, instead.
         eval_repeats: runs of a scalar ``eval_fn`` (its noise is taken from them).
+        forms: what plans with mixes compute in each phase; by default, on one row and on many.
     """
 
     def __init__(
@@ -99,13 +117,14 @@ class LossMeter:
         *,
         eval_fn: EvalFn | None = None,
         eval_repeats: int = 3,
+        forms: PhaseForms | None = None,
     ) -> None:
         self.shadow = shadow
         self.metric = metric
         self.batches = list(batches)
         self.eval_fn = eval_fn
         self.eval_repeats = eval_repeats
-        self.seen_tokens = 0
+        self.forms = forms or PhaseForms.extremes(list(shadow.store.modules))
         self._baseline: dict[int, Tensor] = {}
         self.levels = self._levels()
 
@@ -115,7 +134,7 @@ class LossMeter:
         return (quarter, len(self.batches)) if quarter >= 1 and self.eval_fn is None else (len(self.batches),)
 
     def losses(self, assignment: Mapping[str, Scheme], level: int = -1) -> Tensor:
-        """One loss per sample under an assignment, at a fidelity of ``levels``."""
+        """One loss per sample under an assignment without mixes, at a fidelity of ``levels``."""
         self.shadow.assign(assignment)
         if self.eval_fn is not None:
             return self._user_losses(self.eval_fn)
@@ -151,11 +170,19 @@ class LossMeter:
         return round(full.numel() * batches / len(self.batches)) if self.eval_fn is None else full.numel()
 
     def difference(self, assignment: Mapping[str, Scheme], level: int = -1) -> Difference:
-        """The assignment's paired difference to the unquantized model."""
+        """The assignment's paired difference to the unquantized model, in its form of the phase with the most rows."""
+        form = self.forms.form(assignment, self.forms.largest)
         baseline = self.baseline(level)
-        if self.eval_fn is None and all(scheme == NONE for scheme in assignment.values()):
+        if self.eval_fn is None and all(scheme == NONE for scheme in form.values()):
             return paired(baseline, baseline)  # an eval_fn may be noisy, and its noise is wanted
-        return paired(self.losses(assignment, level), baseline)
+        return paired(self.losses(form, level), baseline)
+
+    def by_phase(self, assignment: Mapping[str, Scheme]) -> dict[str, Difference]:
+        """Phase → the difference of the assignment's form there; a form that phases share is measured once."""
+        found: dict[str, Difference] = {}
+        for phases, form in self.forms.distinct(assignment):
+            found |= dict.fromkeys(phases, self.difference(form))
+        return {phase: found[phase] for phase in self.forms.rows}
 
 
 def _as_losses(value: Any) -> Tensor:

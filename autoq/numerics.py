@@ -225,7 +225,8 @@ def sinkhorn(w_HK: Tensor, iterations: int = 16) -> tuple[Tensor, Tensor]:
         iterations: iterates judged; the first is the tile as it is.
 
     Returns:
-        t ``[K]`` and r ``[H]``, float32, positive. All ones below 16 usable rows or 2 usable columns.
+        t ``[K]`` and r ``[H]``, float32, positive, t with mean 1: the iterates of a tile without structure differ by
+        one factor only, and rounding would decide which is the best. All ones below 16 usable rows or 2 columns.
     """
     t_K, r_H = w_HK.new_ones(w_HK.shape[1]), w_HK.new_ones(w_HK.shape[0])
     rows_H, columns_K = _varying(w_HK)
@@ -237,7 +238,9 @@ def sinkhorn(w_HK: Tensor, iterations: int = 16) -> tuple[Tensor, Tensor]:
     tile = tile / peak
     centred = tile - tile.mean()
     tile.div_(math.sqrt(float(centred.square_().sum()) / (tile.numel() - 1)))
-    t_K[columns_K], r_H[rows_H] = _balance(tile, iterations, work=centred)
+    t, r = _balance(tile, iterations, work=centred)
+    mean = t.double().mean().float()
+    t_K[columns_K], r_H[rows_H] = t / mean, r * mean
     return t_K, r_H
 
 

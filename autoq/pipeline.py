@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,31 +17,28 @@ from torch import Tensor, nn
 
 from autoq import candidates as schemes
 from autoq import language, search, sensitivity
-from autoq._files import write_atomic
-from autoq.cache import Fingerprint, ProfileCache, SensitivityCache, default_folder
+from autoq.cache import Fingerprint, ProfileCache, default_folder
+from autoq.calibration import Progress, Timer, calibrate
 from autoq.candidates import Candidate
-from autoq.errors import CacheError, InputError, ModelError
+from autoq.errors import InputError, ModelError
 from autoq.evaluation import Additive, EvalFn, LossBudget, LossMeter, loss_budget
+from autoq.judging import Judge
 from autoq.losses import Batch, LossFn, as_batches, default_metric, is_causal_lm
 from autoq.modules import FilterFn, find_linears, unwrap
-from autoq.plan import Plan
-from autoq.profiler import EndToEnd, LatencyModel, Timing, fit_latency, isolated_times, profile
-from autoq.profiler.end_to_end import UNQUANTIZED
+from autoq.phase_forms import PhaseForms
+from autoq.profiler import LatencyModel, isolated_times, profile
 from autoq.recorder import record as record_inputs
 from autoq.results import TRIALS, Settings, TuneResult
 from autoq.scheme import NONE, Scheme
-from autoq.search import Budget, Evaluation, Option, Problem, SearchResult, Unit
+from autoq.search import Budget, Option, Problem, SearchResult, Unit
 from autoq.shadow import PackedStore, Shadow
 from autoq.summary import family as role
 from autoq.verdict import Evidence, choose, finished_plan, front_rows, layers_of
 from autoq.workload import LayerInfo, Phase, Workload
 
 _log = logging.getLogger(__name__)
-Progress = Callable[[str, str, int, int], None]
 Assignment = Mapping[str, Scheme]
 
-_SCORED_TOKENS = 2048  # tokens whose gradients are taken
-_SCORED_BATCHES = 8  # the same for models without tokens
 _TIMED_BATCHES = 8  # batches of a phase that the user did not name
 _END_BLOCKS = 2  # this many first and last blocks are families of their own
 _BLOCK = re.compile(r"\.(\d+)\.")  # a block's number in a layer's name
@@ -188,8 +185,14 @@ class Tuning:
         self.layers = [layer.name for layer in self.workload.quantizable]
         self.store = PackedStore(self.model, self.layers)
         metric = default_metric(self.model, self.batches, self.settings.loss_fn)
-        self.meter = LossMeter(Shadow(self.model, self.store), metric, self.batches, eval_fn=self.settings.eval_fn)
-        self.timer = Timer(self)
+        self.meter = LossMeter(
+            Shadow(self.model, self.store),
+            metric,
+            self.batches,
+            eval_fn=self.settings.eval_fn,
+            forms=PhaseForms.of(self.workload),
+        )
+        self.timer = Timer(self.model, self.store, self.phases, self.compile_arguments, self.say)
         self.say("record", "", 1, 1)
 
     def run(self) -> TuneResult:
@@ -201,18 +204,22 @@ class Tuning:
         budget = self._budget(baseline)
         self.scale = Additive(limit=budget.max_increase or None) if self.metric_name == "relative_rms" else Additive()
         self.say("baseline", budget.text, 1, 1)
-        scores = self._scores()
-        isolated = isolated_times(self.workload, rows, [one.scheme for one in self.settings.candidates])
-        latency = self._calibrate(isolated)
+        judge = self._judge()
+        scores = judge.scores(lambda text, done, total: self.say("sensitivity", text, done, total))
+        offered = [one.scheme for one in self.settings.candidates]
+        isolated = isolated_times(self.workload, rows, offered)
+        measured_on = {"weights": self.weights_hash, "device": self.fingerprint.key}
+        latency = calibrate(self.timer, self.workload, isolated, offered, identity=measured_on, folder=self.folder)
         problem = self._problem(isolated, latency, scores)
         limits = self._limits(budget)
-        found = self._search(problem, limits)
+        found, phase_losses = judge.in_every_phase(self._search(problem, limits, judge), limits)
         none = problem.uniform(str(NONE))
         finalists = {str(number): one for number, one in enumerate(found.finalists) if one.assignment != none}
         times = self.timer.time({label: layers_of(problem, one) for label, one in finalists.items()}, "verify")
         evidence = Evidence(
             search=found,
             finalists=finalists,
+            phase_losses=phase_losses,
             times=times,
             limits=limits,
             budget=budget,
@@ -366,66 +373,16 @@ class Tuning:
             self._weights_hash = sensitivity.content_hash([*self.model.parameters(), *self.model.buffers()])
         return self._weights_hash
 
-    def _scores(self) -> list[dict[str, Any]]:
-        """Sensitivity rows of all layers and candidates; only schemes without cached rows are scored."""
-        cache = SensitivityCache(self.folder, self._identity())
-        have = {(row["layer"], row["scheme"]): row for row in cache.rows()}
-        wanted = [one for one in self.settings.candidates if one.key != "none"]
-        missing = [one for one in wanted if any((layer, str(one.scheme)) not in have for layer in self.layers)]
-        if missing:
-            new = sensitivity.scores(
-                self.model,
-                self._scored(),
-                self.meter.metric,
-                self.store,
-                missing,
-                seed=self.settings.seed,
-                progress=lambda text, done, total: self.say("sensitivity", text, done, total),
-            )
-            cache.append(new)
-            have |= {(row["layer"], row["scheme"]): row for row in new}
-        return [
-            have[layer, str(one.scheme)] for layer in self.layers for one in wanted if (layer, str(one.scheme)) in have
-        ]
-
-    def _scored(self) -> list[Batch]:
-        """The batches that gradients are taken on: the first ones, up to a number of tokens or batches."""
-        chosen: list[Batch] = []
-        tokens = 0
-        for batch in self.batches:
-            ids = batch.kwargs.get("input_ids")
-            tokens += ids.numel() if isinstance(ids, Tensor) else 0
-            chosen.append(batch)
-            if tokens >= _SCORED_TOKENS or (tokens == 0 and len(chosen) >= _SCORED_BATCHES):
-                break
-        return chosen
-
-    def _calibrate(self, isolated: Mapping[tuple[str, Scheme, str], float]) -> LatencyModel:
-        """Fit the latency model to whole-model times of the uniform plans, measured once per model and device."""
-        plans = {str(one.scheme): self._uniform(one.scheme, isolated) for one in self.settings.candidates}
-        key = {
-            "weights": self.weights_hash,
-            "device": self.fingerprint.key,
-            "plans": {label: Plan(layers=plan).hash for label, plan in plans.items()},
-            "phases": sorted((call.phase, call.layer, call.m, call.count) for call in self.workload.calls),
-            "compile": sorted(map(str, self.compile_arguments.items())),
-        }
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        place = self.folder / "calibration" / f"{name}.json"
-        times = _read_times(place, plans)
-        if times is None:
-            found = self.timer.time({label: plan for label, plan in plans.items() if label != str(NONE)}, "calibrate")
-            found[str(NONE)] = found.pop(UNQUANTIZED)
-            # In the order of the plans, as they are read back: the fit's last bits depend on it.
-            times = {label: {phase: t.median_us for phase, t in found[label].items()} for label in plans}
-            text = json.dumps({"key": key, "times_us": times}, indent=1) + "\n"
-            write_atomic(place, lambda temporary: temporary.write_text(text), CacheError)
-        return fit_latency(self.workload, isolated, [(plans[label], times[label]) for label in times])
-
-    def _uniform(self, scheme: Scheme, isolated: Mapping[tuple[str, Scheme, str], float]) -> dict[str, Scheme]:
-        """The scheme on every layer that can have it."""
-        phase = self.workload.phases[0].name
-        return {layer: scheme if (layer, scheme, phase) in isolated else NONE for layer in self.layers}
+    def _judge(self) -> Judge:
+        return Judge(
+            model=self.model,
+            meter=self.meter,
+            candidates=self.settings.candidates,
+            identity=self._identity(),
+            folder=self.folder,
+            seed=self.settings.seed,
+            scale=self.scale,
+        )
 
     # -- search ----------------------------------------------------------------------------------------------------
 
@@ -464,56 +421,21 @@ class Tuning:
         found = {p.data_ptr(): p.nbytes for p in self.model.parameters() if p.data_ptr() not in decided}
         return sum(found.values())
 
-    def _search(self, problem: Problem, budget: Budget) -> SearchResult:
-        def evaluate(assignment: Mapping[str, str], fidelity: int) -> Evaluation:
-            plan = {layer: Scheme.parse(text) for layer, text in assignment.items()}
-            found = self.meter.difference(plan, fidelity)
-            mean, low, high = (self.scale.to(one) for one in (found.mean, found.low, found.high))
-            return Evaluation(loss_delta=mean, low=low, high=high, samples=found.samples)
-
+    def _search(self, problem: Problem, budget: Budget, judge: Judge) -> SearchResult:
         offered = [str(one.scheme) for one in self.settings.candidates]
-        identity = json.dumps(self._identity(), sort_keys=True)
         return search.search(
             problem,
-            evaluate=evaluate,
+            evaluate=judge.evaluate,
             budget=budget,
             families={unit.name: family(unit.name, self.layers) for unit in problem.units},
             uniform={name: problem.uniform(name) for name in offered},
             storage=self.settings.storage or str(self.folder / "studies" / f"{self.weights_hash}.journal"),
-            fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+            fingerprint=judge.fingerprint,
             n_trials=self.settings.n_trials,
             fidelities=len(self.meter.levels),
             seed=self.settings.seed,
             progress=lambda done, total, text: self.say("search", text, done, total),
         )
-
-
-class Timer:
-    """End-to-end times of one tuning's model, compiled when the first are asked for."""
-
-    def __init__(self, tuning: Tuning) -> None:
-        self._tuning = tuning
-        self._end_to_end: EndToEnd | None = None
-
-    def time(self, plans: Mapping[str, Assignment], stage: str) -> dict[str, dict[str, Timing]]:
-        """Label → phase → time of one pass; the unquantized model's is added."""
-        tuning = self._tuning
-        if self._end_to_end is None:
-            self._end_to_end = EndToEnd(
-                tuning.model,
-                tuning.store,
-                tuning.phases,
-                compile_arguments=tuning.compile_arguments,
-                progress=lambda text, done, total: tuning.say("compile", text, done, total),
-            )
-        tuning.say(stage, f"{len(plans) + 1} plans end to end", 0, 1)
-        found = self._end_to_end.time(plans)
-        tuning.say(stage, "", 1, 1)
-        return found
-
-    def how(self) -> dict[str, str]:
-        """Phase → how it was compiled."""
-        return dict(self._end_to_end.how) if self._end_to_end is not None else {}
 
 
 def check_weights(model: nn.Module, filter_fn: FilterFn | None = None) -> None:
@@ -576,16 +498,3 @@ def family(layer: str, layers: Sequence[str]) -> str:
         if int(mine[1]) in numbers[-_END_BLOCKS:]:
             return "last blocks"
     return role(layer)
-
-
-def _read_times(place: Path, plans: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
-    """Calibration times from the cache; None if they were not measured. A damaged file is measured again, aloud."""
-    if not place.exists():
-        return None
-    try:
-        times = json.loads(place.read_text())["times_us"]
-        found = {label: {phase: float(time) for phase, time in times[label].items()} for label in plans}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as problem:
-        _log.warning("%s is not readable (%s); the plans are timed again", place, problem)
-        return None
-    return found

@@ -17,6 +17,7 @@ from autoq.candidates import Candidate, Packed
 from autoq.candidates.base import load_cpu_kernels
 from autoq.errors import AutoqError, CheckpointError, ModelError
 from autoq_kernels import layout
+from autoq_kernels.cpu.memory import use_large_pages
 
 HEADER = "weight_header"
 SCHEME = "weight_scheme"
@@ -29,7 +30,8 @@ class QuantLinear(nn.Module):
     ``torch.compile`` therefore does not depend on the scheme: ``set_packed`` changes it without recompilation.
 
     ``state_dict`` holds the canonical sections by name (``weight_header``, ``weight_scheme``, ``weight_codes_4``,
-    ``weight_scale``, …) and ``bias``. Conversions of dtype touch only the bias; moves between devices move the codes.
+    ``weight_scale``, …) and ``bias``. Conversions of dtype touch only the bias and an unquantized weight; moves between
+    devices move the codes.
 
     Args:
         candidate: the scheme's implementation.
@@ -130,6 +132,8 @@ class QuantLinear(nn.Module):
                 moved = data.to(moved.device)
             if moved is not data and not moved.is_meta and not _same_header(moved, data):
                 moved[: layout.HEADER_BYTES] = 0  # to_empty(): the kernel refuses an empty header until one is loaded
+            elif not moved.is_meta and self.candidate.key == "none":
+                moved = _converted(moved, self.dtype)
         except BaseException:
             self._set_buffer(data)
             raise
@@ -208,6 +212,7 @@ def assemble(sections: Mapping[str, Tensor], *, where: str) -> tuple[Packed, Can
     try:
         candidate = candidates.parse(json.loads(bytes(text.tolist())))
         data = torch.empty(_size(layout.header(header), body), dtype=torch.uint8, device=header.device)
+        use_large_pages(data)
         data[: layout.HEADER_BYTES] = header
         views = {f"weight_{name}": one for name, one in layout.sections(data).items()}
     except (ValueError, KeyError, RuntimeError) as problem:  # LayoutError is a ValueError
@@ -243,6 +248,16 @@ def _size(form: layout.Header, body: Mapping[str, Tensor]) -> int:
         raise layout.LayoutError(f"the header contradicts itself or the sections: {form}")
     total: int = form.total_bytes
     return total
+
+
+def _converted(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """The buffer of a float weight in another dtype, as conversions of ``nn.Linear`` round it."""
+    form = layout.header(data)
+    bits = layout.DENSE_BITS.get(dtype, form.bits)
+    if bits == form.bits:
+        return data
+    new: Tensor = layout.build(kind=form.kind, bits=bits, n=form.n, k=form.k, codes=layout.codes(data).to(dtype))
+    return new
 
 
 def _same_header(one: Tensor, other: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from autoq.applying import apply
+from autoq.calibration import Progress
 from autoq.candidates import Candidate
 from autoq.errors import InputError, PlanError
-from autoq.evaluation import Difference, EvalFn, LossMeter
+from autoq.evaluation import Difference, EvalFn, LossMeter, largest
 from autoq.language import rows_as_batches, tokens_of
 from autoq.losses import Batch, LossFn, as_batches, default_metric, is_causal_lm
 from autoq.modules import FilterFn, find_linears, unwrap
-from autoq.pipeline import Progress, Tuning, tune
+from autoq.pipeline import Tuning, tune
 from autoq.plan import Plan
 from autoq.profiler.end_to_end import UNQUANTIZED
 from autoq.profiler.timing import Timing
@@ -269,11 +270,12 @@ class Measured:
     Attributes:
         metric: ``nll`` (nats per token), ``kl``, ``relative_rms``, ``loss_fn`` or ``eval_fn``.
         baseline_loss: mean loss of the unquantized model.
-        difference: the plan's paired difference to it.
+        difference: the plan's paired difference to it, the largest of the phases'.
         phases: phase → timing of one pass, compiled.
         baseline_phases: the same of the unquantized model, interleaved with it.
         weight_bytes: bytes of all the model's weights under the plan.
         baseline_weight_bytes: the same of the unquantized model.
+        phase_differences: phase → that phase's, where the plan has mixes that switch between phases; else empty.
     """
 
     metric: str
@@ -283,6 +285,7 @@ class Measured:
     baseline_phases: Mapping[str, Timing]
     weight_bytes: int
     baseline_weight_bytes: int
+    phase_differences: Mapping[str, Difference] = field(default_factory=dict)
 
 
 def measure(
@@ -314,12 +317,13 @@ def measure(
     tuning.prepare()
     _check_layers(plan, tuning.layers)
     meter: LossMeter = tuning.meter
-    difference = meter.difference(plan.layers)
+    differences = meter.by_phase(plan.layers)
     times = tuning.timer.time({"plan": plan.layers}, "measure")
     return Measured(
         metric=tuning.metric_name,
         baseline_loss=float(meter.baseline().double().mean()),
-        difference=difference,
+        difference=largest(differences),
+        phase_differences=differences if meter.forms.differ(plan.layers) else {},
         phases=times["plan"],
         baseline_phases=times[UNQUANTIZED],
         weight_bytes=tuning.weight_bytes(plan.layers),

@@ -139,7 +139,7 @@ def scores(
         batches: what it is differentiated on.
         metric: its probe is what is differentiated.
         store: the layers and their packed weights.
-        candidates: the schemes to score (``none`` is skipped).
+        candidates: the schemes to score (``none`` is skipped); no mixes, as activations come in chunks of any rows.
         seed: of the probe's random draws.
         progress: called with (layer, done, total) after each layer of each batch.
 

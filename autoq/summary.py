@@ -64,7 +64,7 @@ def summary_rows(plan: Plan) -> list[SummaryRow]:
     """
     measured = plan.provenance.get("measured") or {}
     budget = plan.provenance.get("budget") or {}
-    rows = [loss_row(measured, budget)]
+    rows = [loss_row(measured, budget), *phase_loss_rows(measured, budget)]
     rows += [_phase_row(name, phase) for name, phase in (measured.get("phases") or {}).items()]
     rows.append(_request_row(plan, measured))
     rows.append(_bytes_row(measured))
@@ -90,6 +90,19 @@ def loss_row(measured: Mapping[str, Any], budget: Mapping[str, Any]) -> SummaryR
         return SummaryRow(f"{name} [95 % interval]", _perplexity(base), after, change)
     after = f"{base + delta:.4g} [{base + low:.4g}, {base + high:.4g}]"
     return SummaryRow(f"{name} [95 % interval]", f"{base:.4g}", after, f"{delta:+.3g} [{low:+.3g}, {high:+.3g}]")
+
+
+def phase_loss_rows(measured: Mapping[str, Any], budget: Mapping[str, Any]) -> list[SummaryRow]:
+    """A row with the loss of each phase's arithmetic, where a plan has schemes that switch with the rows; else none."""
+    changes = {
+        name: perplexity_change(phase["loss_delta"]) if budget.get("metric") == "nll" else f"{phase['loss_delta']:+.3g}"
+        for name, phase in (measured.get("phases") or {}).items()
+        if "loss_delta" in phase
+    }
+    if not changes:
+        return []
+    text = ", ".join(f"{name} {change}" for name, change in changes.items())
+    return [SummaryRow("loss by phase; the largest counts", "", "", text)]
 
 
 def perplexity_change(increase: float) -> str:

@@ -11,7 +11,7 @@ from rich import progress as bars
 from rich.markup import escape
 from rich.table import Table
 
-from autoq.summary import family, loss_row, summary_rows
+from autoq.summary import family, loss_row, phase_loss_rows, summary_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,7 +88,8 @@ def summary(plan: Plan, *, title: str) -> Table:
 def losses(found: Mapping[str, Any], *, title: str) -> Table:
     """Loss before and, when it was measured, after."""
     table = Table("", "unquantized", "under the plan", "change", title=title, title_justify="left")
-    table.add_row(*map(escape, loss_row(found, found)))
+    for row in (loss_row(found, found), *phase_loss_rows(found, found)):
+        table.add_row(*map(escape, row))
     return table
 
 

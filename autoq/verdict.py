@@ -12,7 +12,7 @@ from autoq.plan import Plan
 from autoq.profiler import LatencyModel, Timing
 from autoq.profiler.end_to_end import UNQUANTIZED
 from autoq.scheme import NONE, Scheme
-from autoq.search import Budget, PlanPoint, Problem, SearchResult
+from autoq.search import Assignment, Budget, Evaluation, PlanPoint, Problem, SearchResult
 from autoq.workload import Workload
 
 
@@ -23,6 +23,8 @@ class Evidence:
     Attributes:
         search: everything the search measured.
         finalists: label → plan that was timed end to end, the unquantized one aside.
+        phase_losses: assignment → phase → loss, of the finalists whose phases differ in their arithmetic; the largest
+            is the finalist's.
         times: label → phase → timing of one pass; the unquantized model's under ``UNQUANTIZED``.
         limits: what the search was held to.
         budget: the loss limit as the user was told it.
@@ -34,6 +36,7 @@ class Evidence:
 
     search: SearchResult
     finalists: Mapping[str, PlanPoint]
+    phase_losses: Mapping[Assignment, Mapping[str, Evaluation]]
     times: Mapping[str, Mapping[str, Timing]]
     limits: Budget
     budget: LossBudget
@@ -123,8 +126,9 @@ def finished_plan(
 def _measured(evidence: Evidence, choice: str | None, point: PlanPoint) -> dict[str, Any]:
     label = choice or UNQUANTIZED
     now, before = evidence.times[label], evidence.times[UNQUANTIZED]
+    by_phase = evidence.phase_losses.get(point.assignment, {})
     return {
-        **_losses(evidence, point),
+        **_losses(evidence, point.evaluation),
         "samples": point.evaluation.samples,
         "baseline_loss": evidence.budget.baseline,
         "latency_us": evidence.request_us(label),
@@ -139,6 +143,7 @@ def _measured(evidence: Evidence, choice: str | None, point: PlanPoint) -> dict[
                 "baseline_high_us": before[phase.name].high_us,
                 "calls": phase.calls,
                 "compiled": evidence.how.get(phase.name, ""),
+                **(_losses(evidence, by_phase[phase.name]) if by_phase else {}),
             }
             for phase in evidence.workload.phases
         },
@@ -147,9 +152,9 @@ def _measured(evidence: Evidence, choice: str | None, point: PlanPoint) -> dict[
     }
 
 
-def _losses(evidence: Evidence, point: PlanPoint) -> dict[str, float]:
-    """A plan's measured loss with its interval, in the metric's unit."""
-    back, found = evidence.scale.back, point.evaluation
+def _losses(evidence: Evidence, found: Evaluation) -> dict[str, float]:
+    """A measured loss with its interval, in the metric's unit."""
+    back = evidence.scale.back
     return {"loss_delta": back(found.loss_delta), "loss_low": back(found.low), "loss_high": back(found.high)}
 
 
@@ -190,7 +195,7 @@ def front_rows(evidence: Evidence, choice: str | None) -> list[dict[str, Any]]:
                 "source": point.source,
                 "label": point.label if point.source == "uniform" else "",
                 "loss_predicted": evidence.scale.back(point.predicted_loss),
-                **_losses(evidence, point),
+                **_losses(evidence, point.evaluation),
                 "samples": point.evaluation.samples,
                 "latency_predicted_us": point.time_us,
                 "latency_measured_us": median,

@@ -204,6 +204,16 @@ def test_eval_measures_the_plan_against_the_unquantized_model(folder, capsys):
     assert found["quantized_layers"] == 1
 
 
+def test_eval_measures_a_mix_on_one_row_and_on_many(folder, capsys):
+    Plan(layers={"0": "int8mix"}).save("mixed.json")
+    assert cli.run(["eval", "autoq_toy:make", "mixed.json", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    few, many = (found["phases"][name] for name in ("few rows", "many rows"))
+    assert 0.0 < few["loss_high"] < many["loss_high"] == found["loss_high"]
+    assert cli.run(["eval", "autoq_toy:make", "mixed.json"]) == 0
+    assert f"few rows {few['loss_delta']:+.3g}, many rows" in " ".join(capsys.readouterr().out.split())
+
+
 def test_eval_without_a_plan_measures_the_model(folder, capsys):
     assert cli.run(["eval", "autoq_toy:make"]) == 0
     assert "not measured" in capsys.readouterr().out

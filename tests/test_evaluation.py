@@ -6,8 +6,9 @@ from torch import nn
 
 from autoq import losses
 from autoq.errors import InputError
-from autoq.evaluation import Additive, LossMeter, loss_budget, paired
+from autoq.evaluation import Additive, LossMeter, largest, loss_budget, paired
 from autoq.losses import Batch, OutputKL, RelativeRMS, TokenNLL, as_batches, perplexity, token_nll
+from autoq.phase_forms import PhaseForms
 from autoq.scheme import Scheme
 from autoq.shadow import PackedStore, Shadow, share_weights
 
@@ -175,6 +176,57 @@ def test_a_meter_measures_more_rows_at_the_higher_fidelity():
     few, many = meter.difference(plan, 0), meter.difference(plan, 1)
     assert (few.samples, many.samples) == (2, 8)
     assert 0.01 < many.low < many.mean < many.high < 0.2
+
+
+class Counted(LossMeter):
+    """Keeps the assignments that it ran the model under."""
+
+    def losses(self, assignment, level=-1):
+        self.ran = [*getattr(self, "ran", []), {layer: str(scheme) for layer, scheme in assignment.items()}]
+        return super().losses(assignment, level)
+
+
+def counted_meter(rows):
+    model = small_model()
+    shadow = Shadow(model, PackedStore(model, ["0", "2"]))
+    batches = as_batches(list(torch.randn(4, 2, 64)))
+    return Counted(shadow, RelativeRMS(), batches, forms=PhaseForms(rows=rows))
+
+
+PHASES = {"decode": {"0": 1, "2": 1}, "prefill": {"0": 512, "2": 512}}
+
+
+def test_a_plan_with_a_mix_has_a_loss_per_phase_and_the_larger_counts():
+    meter = counted_meter(PHASES)
+    few, many = (dict.fromkeys(("0", "2"), Scheme.parse(name)) for name in ("int8wo", "int8dq"))
+    mix = dict.fromkeys(("0", "2"), Scheme.parse("int8mix(m_switch=32)"))
+    by_phase = meter.by_phase(mix)
+    assert list(by_phase) == ["decode", "prefill"]
+    assert by_phase == {"decode": meter.difference(few), "prefill": meter.difference(many)}
+    assert 0 < by_phase["decode"].mean < by_phase["prefill"].mean
+    assert by_phase["decode"].high < by_phase["prefill"].high
+    assert largest(by_phase) == by_phase["prefill"]
+    # Its batches have two rows, which the kernels themselves would not round.
+    assert meter.difference(mix) == by_phase["prefill"]
+
+
+def test_a_plan_without_mixes_is_measured_once_and_a_mix_that_never_switches_too():
+    for rows, scheme in ((PHASES, "int8dq"), ({"a": {"0": 32, "2": 40}, "b": {"0": 64, "2": 64}}, "int8mix")):
+        meter = counted_meter(rows)
+        plan = dict.fromkeys(("0", "2"), Scheme.parse(scheme))
+        first, second = meter.by_phase(plan).values()
+        assert first == second
+        assert meter.ran == [{}, {"0": "int8dq", "2": "int8dq"}]  # the baseline, the plan
+        assert not meter.forms.differ(plan)
+
+
+def test_without_a_workload_a_mix_is_measured_on_one_row_and_on_many():
+    meter = Meter().meter
+    mix = {"0": Scheme.parse("int4mix(group_size=64,m_switch=128)")}
+    assert meter.by_phase(mix) == {
+        "few rows": meter.difference({"0": Scheme.parse("int4wo-hqq(group_size=64)")}),
+        "many rows": meter.difference({"0": Scheme.parse("int4dq(group_size=64)")}),
+    }
 
 
 def test_a_scalar_eval_fn_is_repeated_and_a_vector_one_is_paired():

@@ -15,7 +15,7 @@ RANKS = {
     0: ("errors", "_files", "scheme", "knapsack_core"),
     1: ("workload", "plan", "tables", "numerics", "knapsack_problem"),
     2: ("candidates", "cache", "losses", "summary", "knapsack"),
-    3: ("quant_linear", "figures", "search_values"),
+    3: ("quant_linear", "figures", "search_values", "phase_forms"),
     4: ("modules", "loss_model", "studies"),
     5: ("shadow", "language", "proposals"),
     # The stages, which never import each other.
@@ -30,7 +30,7 @@ RANKS = {
         "checkpoint",
         "loading",
     ),
-    7: ("results", "verdict", "diagnosis"),
+    7: ("results", "verdict", "diagnosis", "judging", "calibration"),
     8: ("pipeline",),
     9: ("quantizing",),
     10: ("terminal",),

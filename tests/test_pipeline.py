@@ -17,6 +17,8 @@ from autoq import pipeline, tables
 from autoq.errors import AutoqError, CacheError, InputError, ModelError, SearchError
 from autoq.pipeline import compile_arguments, family
 from autoq.profiler import isolated as isolated_module
+from autoq.quantizing import loss_meter
+from autoq.scheme import Scheme
 
 
 class Classifier(nn.Module):
@@ -212,6 +214,45 @@ def test_a_loss_fn_and_a_filter_fn_are_obeyed(tmp_path):
     assert "head" not in result.plan.layers
     assert next(one for one in result.workload.layers if one.name == "head").reason == "left alone by filter_fn"
     assert result.plan.provenance["budget"]["metric"] == "loss_fn"
+
+
+PHASES = {"prompt": autoq.Phase(torch.ones(64, 128)), "answer": autoq.Phase(torch.ones(1, 128), calls=4)}
+
+
+def test_a_plan_with_mixes_is_judged_by_its_worst_phase(tmp_path):
+    common = {"phases": PHASES, "objective": "memory", "n_trials": 2}
+    scheme = "int8mix(m_switch=8)"
+    result = autoq.tune(classifier(), inputs(), candidates=[scheme], max_increase=1.0, cache_dir=tmp_path, **common)
+    assert set(result.plan.counts()) == {scheme}
+    facts = json.loads(json.dumps(result.plan.provenance))
+    meter = loss_meter(classifier(), None, inputs())
+    deltas = {}
+    for phase, name in (("prompt", "int8dq"), ("answer", "int8wo")):
+        expected = meter.difference(dict.fromkeys(result.plan.layers, Scheme.parse(name)))
+        found = facts["measured"]["phases"][phase]
+        assert [found[key] for key in ("loss_delta", "loss_low", "loss_high")] == pytest.approx(
+            [expected.mean, expected.low, expected.high], rel=1e-4
+        )
+        deltas[phase] = found["loss_delta"]
+    assert deltas["prompt"] > deltas["answer"] > 0
+    assert facts["measured"]["loss_delta"] == deltas["prompt"]
+    chosen = result.front[result.front["chosen"]].iloc[0]
+    assert chosen["loss_delta"] == deltas["prompt"]
+    assert set(result.sensitivity["scheme"]) == {scheme}
+    measured = autoq.measure(classifier(), result.plan, inputs(), phases=PHASES)
+    assert {phase: one.mean for phase, one in measured.phase_differences.items()} == pytest.approx(deltas, rel=1e-4)
+    assert measured.difference == measured.phase_differences["prompt"]
+    over = autoq.tune(
+        classifier(), inputs(), candidates=[scheme], max_increase=deltas["answer"] * 1.01, cache_dir=tmp_path, **common
+    )
+    assert set(over.plan.counts()) == {"none"}
+
+
+def test_a_plan_without_mixes_has_one_loss(tuned):
+    phases = tuned[1].plan.provenance["measured"]["phases"]
+    assert all("loss_delta" not in phase for phase in phases.values())
+    measured = autoq.measure(classifier(), tuned[1].plan, inputs(), phases=PHASES)
+    assert measured.phase_differences == {}
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -81,6 +81,17 @@ def test_a_profile_has_one_row_per_shape_and_scheme_and_measures_nothing_twice()
     assert len(kept) == 2
 
 
+def test_a_mix_is_measured_on_the_recorded_rows_by_the_kernel_of_its_side():
+    """Row counts are never rounded: 16 rows are below a switch at 32 and not below one at 16."""
+    names = ("int8wo", "int8dq", "int8mix(m_switch=16)", "int8mix(m_switch=32)")
+    rows = profile(workload(("prefill",)), [candidates.parse(name) for name in names], device_key="here")
+    found = {row["scheme"]: (row["m"], row["status"], row["error"], row["kernel"]) for row in rows}
+    assert found["int8mix(m_switch=16)"] == found["int8dq"]
+    assert found["int8mix(m_switch=32)"] == found["int8wo"]
+    assert found["int8wo"][:2] == found["int8dq"][:2] == (16, "ok")
+    assert found["int8wo"][2:] != found["int8dq"][2:]
+
+
 class Broken(type(INT8)):
     key = "broken"
 

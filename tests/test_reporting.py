@@ -48,6 +48,7 @@ PREDICTED = {
     "latency_error": {"decode": 0.04},
 }
 LAYERS = {"model.layers.0.self_attn.q_proj": "int8dq", "model.layers.0.mlp.up_proj": "int8wo", "lm_head": "int8wo"}
+MIXED = {name: PHASE | {"loss_delta": math.log(change)} for name, change in (("prefill", 1.026), ("decode", 1.0004))}
 PLAN = Plan(
     layers=LAYERS,
     phases={"prefill": 1.0, "decode": 128.0},
@@ -311,3 +312,14 @@ def test_unwritable_report_names_the_file(result, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"report\.html"):
         write_report(result, tmp_path / "file" / "report.html")
+
+
+def test_the_loss_of_each_phase_is_shown_where_a_plan_has_mixes():
+    assert not [row for row in summary_rows(PLAN) if "by phase" in row.quantity]
+    measured = MEASURED | {"phases": MIXED}
+    mixed = replace(PLAN, provenance=dict(PLAN.provenance) | {"measured": measured})
+    (row,) = [row for row in summary_rows(mixed) if "by phase" in row.quantity]
+    assert row.change == "prefill +2.60%, decode +0.04%"
+    absolute = replace(mixed, provenance={"measured": measured, "budget": {"metric": "kl"}})
+    (row,) = [row for row in summary_rows(absolute) if "by phase" in row.quantity]
+    assert row.change == "prefill +0.0257, decode +0.0004"

@@ -1,7 +1,7 @@
 """The quantization schemes autoq chooses from.
 
-``ALL`` has every scheme in every variant, ``DEFAULT`` those a search considers unless told otherwise, and
-``parse`` reads one from its name: ``parse("sinq(bits=4,group_size=64)")``.
+``ALL`` has every scheme in every variant (the mixes at their usual ``m_switch``), ``DEFAULT`` those a search
+considers unless told otherwise, and ``parse`` reads one from its name: ``parse("sinq(bits=4,group_size=64)")``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import fields
 
 from autoq.candidates.affine import GROUP_SIZES
 from autoq.candidates.base import Candidate, LinearOp, Packed
+from autoq.candidates.dynamic import METHODS, Int4Dynamic, Int4Mix, Int8Mix
 from autoq.candidates.fp6 import FORMATS, Fp6
 from autoq.candidates.int4_hqq import Int4Hqq
 from autoq.candidates.int8 import Int8Dynamic, Int8WeightOnly
@@ -28,6 +29,9 @@ _CLASSES: tuple[type[Candidate], ...] = (
     Int4Hqq,
     Sinq,
     Fp6,
+    Int4Dynamic,
+    Int8Mix,
+    Int4Mix,
 )
 
 ALL: tuple[Candidate, ...] = (
@@ -37,6 +41,9 @@ ALL: tuple[Candidate, ...] = (
     *(Int4Hqq(group_size=g) for g in GROUP_SIZES),
     *(Sinq(bits=b, group_size=g) for b in BITS for g in GROUP_SIZES),
     *(Fp6(format=f) for f in FORMATS),
+    *(Int4Dynamic(group_size=g, method=m) for m in METHODS for g in GROUP_SIZES),
+    Int8Mix(),
+    *(Int4Mix(group_size=g, method=m) for m in METHODS for g in GROUP_SIZES),
 )
 
 DEFAULT: tuple[Candidate, ...] = (

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from autoq import numerics
 from autoq.candidates.base import Candidate, Packed, for_row_chunks, padded, plus_bias, section
 from autoq_kernels import layout
+from autoq_kernels.cpu import build
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -33,9 +35,15 @@ class AffineCandidate(Candidate):
     @abstractmethod
     def _code_bits(self) -> int: ...
 
-    @abstractmethod
+    @property
+    def _method(self) -> Literal["rtn", "hqq"]:
+        """How the grid of a group is chosen: :func:`autoq.numerics.rtn` or :func:`autoq.numerics.hqq`."""
+        return "rtn"
+
     def _quantize_groups(self, w: Tensor) -> numerics.Grid:
         """Codes of float32 groups ``[rows, G, g]`` below 2¹³ in magnitude."""
+        quantize = numerics.hqq if self._method == "hqq" else numerics.rtn
+        return quantize(w, self._code_bits)
 
     def _column_scale(self, w_NK: Tensor) -> Tensor | None:
         """Column factors float32 ``[K]`` to divide the weight by before it is quantized."""
@@ -43,8 +51,34 @@ class AffineCandidate(Candidate):
 
     def _pack(self, w_NK: Tensor) -> Tensor:
         n, k = w_NK.shape
-        group_count, device = -(-k // self.group_size), w_NK.device
         column_K = self._column_scale(w_NK)
+        if w_NK.device.type == "cpu":
+            data: Tensor = layout.allocate(
+                kind=layout.Kind.AFFINE,
+                bits=self._code_bits,
+                n=n,
+                k=k,
+                group_size=self.group_size,
+                activation_bits=self.activation_bits,
+                m_switch=self.m_switch,
+                has_column_scale=column_K is not None,
+            )
+            if build.quantize(
+                w_NK,
+                data,
+                method=self._method,
+                column_scale=column_K,
+                beta=numerics.HQQ_BETA,
+                kappa=numerics.HQQ_KAPPA,
+                iterations=numerics.HQQ_ITERATIONS,
+            ):
+                return data
+        return self._pack_by_chunks(w_NK, column_K)
+
+    def _pack_by_chunks(self, w_NK: Tensor, column_K: Tensor | None) -> Tensor:
+        """:meth:`_pack` with torch alone."""
+        n, k = w_NK.shape
+        group_count, device = -(-k // self.group_size), w_NK.device
         codes = torch.zeros(n, group_count * self.group_size, dtype=torch.uint8, device=device)
         scale = torch.empty(n, group_count, dtype=torch.float16, device=device)
         minimum, row_N = torch.empty_like(scale), torch.empty(n, device=device)
@@ -67,6 +101,8 @@ class AffineCandidate(Candidate):
             row_scale=row_N,
             column_scale=column_K,
             group_size=self.group_size,
+            activation_bits=self.activation_bits,
+            m_switch=self.m_switch,
         )
         return data
 

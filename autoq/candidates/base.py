@@ -128,6 +128,24 @@ class Candidate(ABC):
         """8 if the activation is quantized to int8 per row, 0 if it stays as it is."""
         return 0
 
+    @property
+    def m_switch(self) -> int:
+        """Rows from which on ``activation_bits`` applies; 0 where it always does."""
+        return 0
+
+    def at_rows(self, m: int) -> Candidate:
+        """The scheme whose numerics this one has for ``m`` rows of the activation: itself, unless it is a mix."""
+        return self
+
+    def leaves_alone(self, dtype: torch.dtype, device: str) -> bool:
+        """Whether a layer under this scheme stays the ``nn.Linear`` it is; only ``none`` may.
+
+        Args:
+            dtype: of the layer's float weight.
+            device: of the weight, such as ``"cpu"``, with or without an index.
+        """
+        return False
+
     def why_not(self, op: LinearOp) -> str | None:
         """Why this scheme cannot or should not run ``op``: a sentence, or None if it can."""
         device = op.device.partition(":")[0]
@@ -186,7 +204,7 @@ class Candidate(ABC):
 
     @abstractmethod
     def reference(self, x: Tensor, p: Packed, bias: Tensor | None = None) -> Tensor:
-        """The same product in float64 (int64 where integers are multiplied), from codes and scales alone.
+        """The same product in float64 (exactly where integers are multiplied), from codes and scales alone.
 
         The oracle of the kernels: slow, plain, and independent of them. Returns float64 ``[..., N]``.
         """
@@ -201,11 +219,15 @@ class Candidate(ABC):
 
 
 @functools.cache
-def load_cpu_kernels() -> None:
-    """Compile the CPU's kernels (the first time on this machine) and register them over the default."""
+def load_cpu_kernels() -> bool:
+    """Compile the CPU's kernels (the first time on this machine) and register them over the default, if that works.
+
+    Returns:
+        Whether there are any.
+    """
     from autoq_kernels.cpu import build
 
-    build.load()
+    return build.load().isa is not None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # torch leaves it unannotated
@@ -242,6 +264,17 @@ def for_row_chunks(w_NK: Tensor, work: Callable[[slice, Tensor], None]) -> None:
     with ThreadPoolExecutor(workers, thread_name_prefix="autoq-pack") as pool:
         for done in [pool.submit(handle, rows) for rows in slices]:
             done.result()
+
+
+def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """An activation ``[..., K]`` rounded to int8 per row, for the references.
+
+    Returns:
+        Whole numbers in [−127, 127], and the scales max|row|/127 (never 0) ``[..., 1]``, both float64.
+    """
+    x = x.float()
+    scale = (x.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (x / scale).round().clamp(-127, 127).double(), scale.double()
 
 
 def plus_bias(y: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from autoq.candidates.base import (
     section,
 )
 from autoq_kernels import layout
+from autoq_kernels.cpu import build
 
 FORMATS = ("e3m2", "e2m3")
 
@@ -49,6 +50,15 @@ class Fp6(Candidate):
         return layout.Kind.FP6_E3M2 if self.format == "e3m2" else layout.Kind.FP6_E2M3
 
     def _pack(self, w_NK: Tensor) -> Tensor:
+        n, k = w_NK.shape
+        if w_NK.device.type == "cpu":
+            data: Tensor = layout.allocate(kind=self._kind, bits=6, n=n, k=k)
+            if build.quantize(w_NK, data):
+                return data
+        return self._pack_by_chunks(w_NK)
+
+    def _pack_by_chunks(self, w_NK: Tensor) -> Tensor:
+        """:meth:`_pack` with torch alone."""
         n, k = w_NK.shape
         codes = torch.zeros(n, padded(k, BLOCK), dtype=torch.uint8, device=w_NK.device)
         scale_N = torch.empty(n, device=w_NK.device)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from torch import Tensor
-
-from autoq import numerics
 from autoq.candidates.affine import GROUP_SIZES, AffineCandidate
-from autoq.candidates.base import check_field, load_cpu_kernels
-from autoq_kernels.cpu import build
+from autoq.candidates.base import check_field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,16 +26,6 @@ class Int4Hqq(AffineCandidate):
     def _code_bits(self) -> int:
         return 4
 
-    def _quantize_groups(self, w: Tensor) -> numerics.Grid:
-        if w.device.type == "cpu":
-            load_cpu_kernels()
-            compiled = build.quantize_hqq(
-                w,
-                self._code_bits,
-                beta=numerics.HQQ_BETA,
-                kappa=numerics.HQQ_KAPPA,
-                iterations=numerics.HQQ_ITERATIONS,
-            )
-            if compiled is not None:
-                return numerics.Grid(*compiled)
-        return numerics.hqq(w, self._code_bits)
+    @property
+    def _method(self) -> Literal["rtn", "hqq"]:
+        return "hqq"

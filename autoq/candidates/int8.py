@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from autoq import numerics
-from autoq.candidates.base import Candidate, LinearOp, Packed, for_row_chunks, plus_bias, section
+from autoq.candidates.base import Candidate, LinearOp, Packed, for_row_chunks, plus_bias, rounded_rows, section
 from autoq_kernels import layout
+from autoq_kernels.cpu import build
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,17 @@ class Int8WeightOnly(Candidate):
     key: ClassVar[str] = "int8wo"
 
     def _pack(self, w_NK: Tensor) -> Tensor:
+        n, k = w_NK.shape
+        if w_NK.device.type == "cpu":
+            data: Tensor = layout.allocate(
+                kind=layout.Kind.INT8, bits=8, n=n, k=k, activation_bits=self.activation_bits, m_switch=self.m_switch
+            )
+            if build.quantize(w_NK, data):
+                return data
+        return self._pack_by_chunks(w_NK)
+
+    def _pack_by_chunks(self, w_NK: Tensor) -> Tensor:
+        """:meth:`_pack` with torch alone."""
         n, k = w_NK.shape
         codes_NK = torch.empty(n, k, dtype=torch.int8, device=w_NK.device)
         scale_N = torch.empty(n, device=w_NK.device)
@@ -36,6 +48,7 @@ class Int8WeightOnly(Candidate):
             codes=codes_NK,
             scale=scale_N,
             activation_bits=self.activation_bits,
+            m_switch=self.m_switch,
         )
         return data
 
@@ -74,10 +87,6 @@ class Int8Dynamic(Int8WeightOnly):
         return Int8WeightOnly._why_not_shape(self, op)
 
     def reference(self, x: Tensor, p: Packed, bias: Tensor | None = None) -> Tensor:
-        """The whole-number product in int64, scaled in float64."""
-        x = x.float()
-        tiny = torch.finfo(torch.float32).tiny
-        scale = (x.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(tiny)
-        codes = (x / scale).round().clamp(-127, 127).long()
-        product = (codes @ p.codes.long().T).double()
-        return plus_bias(product * scale.double() * section(p, "scale").double(), bias)
+        """The whole-number product, exact in float64, scaled there."""
+        x_q, s = rounded_rows(x)
+        return plus_bias((x_q @ p.codes.double().T) * s * section(p, "scale").double(), bias)

@@ -5,17 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from autoq.candidates.base import Candidate, LinearOp, Packed, plus_bias, section
+from autoq.candidates.base import Candidate, LinearOp, Packed, load_cpu_kernels, plus_bias, section
 from autoq_kernels import layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unquantized(Candidate):
-    """No quantization: the baseline every time and every loss is compared with."""
+    """No quantization: the weight as it is, in autoq's own kernels where these are the faster ones."""
 
     key: ClassVar[str] = "none"
+
+    def leaves_alone(self, dtype: torch.dtype, device: str) -> bool:
+        """False for a bfloat16 or float16 weight on a CPU with compiled kernels: autoq multiplies those faster."""
+        of_ours = device.partition(":")[0] == "cpu" and dtype in (torch.bfloat16, torch.float16)
+        return not (of_ours and load_cpu_kernels())
 
     def _why_not_shape(self, op: LinearOp) -> str | None:
         return None

@@ -11,8 +11,10 @@ from torch import Tensor
 from autoq import numerics
 from autoq.candidates.affine import GROUP_SIZES, AffineCandidate
 from autoq.candidates.base import check_field
+from autoq_kernels.cpu import build
 
 BITS = (3, 4, 5, 6, 8)
+ITERATIONS = 16  # the published default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +41,13 @@ class Sinq(AffineCandidate):
     def _code_bits(self) -> int:
         return self.bits
 
-    def _quantize_groups(self, w: Tensor) -> numerics.Grid:
-        return numerics.rtn(w, self.bits)
-
     def _column_scale(self, w_NK: Tensor) -> Tensor:
+        if w_NK.device.type == "cpu":
+            compiled: Tensor | None = build.sinkhorn(w_NK, self.group_size, ITERATIONS)
+            if compiled is not None:
+                return compiled
         tiles = torch.split(w_NK, self.group_size, dim=1)
-        return torch.cat([numerics.sinkhorn(tile.float().contiguous())[0] for tile in tiles])
+        return torch.cat([numerics.sinkhorn(tile.float().contiguous(), ITERATIONS)[0] for tile in tiles])
 
     def weight_bytes_for(self, n: int, k: int) -> int:
         """The affine format's bytes and a float32 a column."""

@@ -18,6 +18,7 @@ from autoq.numerics import relative_rms
 from autoq.profiler.timing import interleaved
 from autoq.workload import Workload
 from autoq_kernels import layout
+from autoq_kernels.cpu.memory import use_large_pages
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -238,6 +239,7 @@ def read_bandwidth_gb_s(size_bytes: int = 128 << 20, rounds: int = 3) -> float:
         rounds: the best of these is taken.
     """
     data = torch.ones(size_bytes // 8, dtype=torch.int64)
+    use_large_pages(data)
     best = float("inf")
     for _ in range(rounds):
         begin = time.perf_counter()

@@ -9,10 +9,19 @@ from autoq import candidates, numerics
 from autoq.candidates import LinearOp, Packed
 from autoq.errors import CandidateError
 
-AFFINE = ("int4wo-hqq", "sinq")
+AFFINE = ("int4wo-hqq", "sinq", "int4dq", "int4mix")
 # Relative error of a product against the float64 reference: float32 sums, or the rounding of the output.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 every_candidate = pytest.mark.parametrize("candidate", candidates.ALL, ids=str)
+
+
+def code_bits(candidate):
+    return candidate.bits if candidate.key == "sinq" else 4
+
+
+def is_sinq(candidate):
+    """Whether the codes are those of SINQ: rounded to nearest, with column factors."""
+    return candidate.key == "sinq" or getattr(candidate, "method", "") == "sinq"
 
 
 def gaussian(*shape, seed=0):
@@ -24,7 +33,7 @@ def grid_values(candidate, p):
     n, k = p.shape
     if candidate.key in AFFINE:
         group = torch.arange(k) // candidate.group_size
-        q = torch.arange(2 ** (candidate.bits if candidate.key == "sinq" else 4)).double()
+        q = torch.arange(2 ** code_bits(candidate)).double()
         values = q * p.scale.double()[:, group, None] + p.minimum.double()[:, group, None]
         values = values * p.row_scale.double()[:, None, None]
         return values if p.column_scale is None else values * p.column_scale.double()[:, None]
@@ -49,7 +58,7 @@ def on_grid(candidate):
         codes = torch.randint(0, 64, (8, 160), generator=generator, dtype=torch.uint8)
         codes[:, :64] = torch.arange(64)
         return numerics.decode_fp6(codes, form) / 4, pin
-    top = 2 ** (candidate.bits if candidate.key == "sinq" else 4) - 1
+    top = 2 ** code_bits(candidate) - 1
     codes = torch.randint(0, top + 1, (8, 160), generator=generator)
     codes[:, 0::32], codes[:, 1::32] = 0, top
     group = torch.arange(160) // candidate.group_size
@@ -79,7 +88,7 @@ def test_every_code_is_the_nearest_and_unpack_gives_its_value(candidate):
     assert torch.all(error <= distance.amin(dim=2) + 1e-6)  # float32's rounding
     if candidate.key.startswith("int8"):
         assert torch.all(error <= p.scale[:, None].double() / 2 * (1 + 1e-4))
-    if candidate.key == "sinq":
+    if is_sinq(candidate):
         step = p.scale.double().repeat_interleave(candidate.group_size, 1)[:, :100] * p.row_scale[:, None]
         assert torch.all(error <= step * p.column_scale / 2 * (1 + 1e-4))
 
@@ -168,7 +177,7 @@ def test_strides_and_grad_do_not_matter_and_the_weight_is_left_alone(candidate):
     assert not p.data.requires_grad
 
 
-@pytest.mark.parametrize("candidate", [c for c in candidates.ALL if c.key != "sinq"], ids=str)
+@pytest.mark.parametrize("candidate", [c for c in candidates.ALL if not is_sinq(c)], ids=str)
 def test_rows_are_packed_alike_in_any_chunk(candidate):  # SINQ's column factors depend on all rows
     w = gaussian(700, 400)  # several chunks
     assert torch.equal(candidate.pack(w).codes[650:], candidate.pack(w[650:]).codes)
@@ -212,6 +221,10 @@ def test_bytes_are_those_predicted(candidate, n, k):
         ("sinq(bits=3,group_size=64)", 3.5 + 64 / 4096),
         ("sinq(bits=5,group_size=32)", 6.0 + 64 / 4096),
         ("fp6(format=e2m3)", 6 + 32 / 4096),
+        ("int4dq(group_size=128)", 4.25 + 32 / 4096),
+        ("int4dq(group_size=64,method=sinq)", 4.5 + 64 / 4096),
+        ("int4mix(group_size=32)", 5.0 + 32 / 4096),
+        ("int8mix(m_switch=8)", 8 + 32 / 4096),
     ],
 )
 def test_bits_per_weight(text, bits):
@@ -247,6 +260,7 @@ def test_opcheck(candidate):
 
 @every_candidate
 def test_linear_traces_in_one_graph(candidate):
+    torch.compiler.reset()  # every class of candidates is a recompilation of the same lambda
     p, x = candidate.pack(gaussian(16, 64)), gaussian(3, 64)
     compiled = torch.compile(lambda x: candidate.linear(x * 2, p), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), candidate.linear(x * 2, p))
@@ -299,9 +313,10 @@ class TestWhyNot:
         if candidate.key == "int4wo-hqq" and candidate.group_size == 128:
             assert "bytes, not fewer than the 101376 of bfloat16" in candidate.why_not(LinearOp(**op | {"k": 33}))
 
-    def test_int8dq_refuses_sums_that_could_overflow(self):
+    @pytest.mark.parametrize("scheme", ["int8dq", "int8mix"])
+    def test_int8_products_refuse_sums_that_could_overflow(self, scheme):
         op = LinearOp(m=1, k=200_000, n=64, dtype=torch.float32)
-        assert "overflow" in candidates.parse("int8dq").why_not(op)
+        assert "overflow" in candidates.parse(scheme).why_not(op)
 
     def test_impossible_op(self):
         with pytest.raises(CandidateError, match="at least one row"):

@@ -19,6 +19,10 @@ GAUSSIAN_TABLE = {
     "sinq(bits=4,group_size=128)": 0.1006,
     "sinq(bits=5,group_size=64)": 0.0441,
     "sinq(bits=6,group_size=64)": 0.0217,
+    "int8mix": 0.0079,
+    "int4dq(group_size=64)": 0.0870,
+    "int4dq(group_size=128,method=sinq)": 0.1006,
+    "int4mix(group_size=64,method=sinq)": 0.0910,
 }
 
 

@@ -16,11 +16,16 @@ def test_display_shows_every_field():
     assert str(parse("sinq")) == "sinq(bits=4,group_size=64)"
     assert str(parse("int4wo-hqq")) == "int4wo-hqq(group_size=64)"
     assert str(parse("fp6")) == "fp6(format=e3m2)"
+    assert str(parse("int4dq")) == "int4dq(group_size=64,method=hqq)"
+    assert str(parse("int8mix")) == "int8mix(m_switch=32)"
+    assert str(parse("int4mix")) == "int4mix(group_size=64,m_switch=32,method=hqq)"
 
 
 def test_stored_forms_stay_readable():
     assert parse({"scheme": "sinq", "bits": 3}) == parse("sinq(bits=3,group_size=64)")
     assert parse({"scheme": "fp6", "format": "e2m3"}) == parse("fp6(format=e2m3)")
+    stored = {"scheme": "int4mix", "method": "sinq", "m_switch": 8}
+    assert parse(stored) == parse("int4mix(group_size=64,m_switch=8,method=sinq)")
 
 
 def test_default_is_the_search_list():
@@ -49,6 +54,11 @@ def test_default_is_the_search_list():
         ("int4wo-hqq(group_size=48)", "group_size is one of 32, 64, 128; got 48"),
         ("int4wo-hqq(group_size=64.0)", "got 64.0"),
         ("fp6(format=e4m1)", "format is one of e3m2, e2m3; got 'e4m1'"),
+        ("int4dq(method=rtn)", "method is one of hqq, sinq; got 'rtn'"),
+        ("int4dq(m_switch=8)", "fields are group_size, method.*got 'm_switch'"),
+        ("int4mix(group_size=256)", "group_size is one of 32, 64, 128; got 256"),
+        ("int4mix(m_switch=0)", "m_switch is one of 8, 16, 32, 64, 128; got 0"),
+        ("int8mix(m_switch=48)", "m_switch is one of 8, 16, 32, 64, 128; got 48"),
     ],
 )
 def test_unknown_names_fields_and_values_are_refused(text, said):

@@ -1,0 +1,131 @@
+"""Whole-model times: of any plans, and of the uniform ones, to which the latency model is fitted once per device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from autoq._files import write_atomic
+from autoq.errors import CacheError
+from autoq.plan import Plan
+from autoq.profiler import EndToEnd, LatencyModel, Timing, fit_latency
+from autoq.profiler.end_to_end import UNQUANTIZED
+from autoq.scheme import NONE, Scheme
+from autoq.shadow import PackedStore
+from autoq.workload import Phase, Workload
+
+_log = logging.getLogger(__name__)
+Progress = Callable[[str, str, int, int], None]
+Assignment = Mapping[str, Scheme]
+
+
+class Timer:
+    """End-to-end times of one model, compiled when the first are asked for.
+
+    Args:
+        model: the unquantized model, not compiled.
+        store: its layers and their packed weights.
+        phases: what is timed.
+        compile_arguments: passed to ``torch.compile``.
+        progress: called with (stage, text, done, total).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: PackedStore,
+        phases: Mapping[str, Phase],
+        compile_arguments: Mapping[str, Any],
+        progress: Progress,
+    ) -> None:
+        self._model = model
+        self._store = store
+        self._phases = phases
+        self.compile_arguments = compile_arguments
+        self._say = progress
+        self._end_to_end: EndToEnd | None = None
+
+    def time(self, plans: Mapping[str, Assignment], stage: str) -> dict[str, dict[str, Timing]]:
+        """Label → phase → time of one pass; the unquantized model's is added."""
+        if self._end_to_end is None:
+            self._end_to_end = EndToEnd(
+                self._model,
+                self._store,
+                self._phases,
+                compile_arguments=self.compile_arguments,
+                progress=lambda text, done, total: self._say("compile", text, done, total),
+            )
+        self._say(stage, f"{len(plans) + 1} plans end to end", 0, 1)
+        found = self._end_to_end.time(plans)
+        self._say(stage, "", 1, 1)
+        return found
+
+    def how(self) -> dict[str, str]:
+        """Phase → how it was compiled."""
+        return dict(self._end_to_end.how) if self._end_to_end is not None else {}
+
+
+def calibrate(
+    timer: Timer,
+    workload: Workload,
+    isolated: Mapping[tuple[str, Scheme, str], float],
+    schemes: Sequence[Scheme],
+    *,
+    identity: Mapping[str, str],
+    folder: Path,
+) -> LatencyModel:
+    """Fit the latency model to whole-model times of the uniform plans, measured once per model and device.
+
+    Args:
+        timer: measures them.
+        workload: layers and phases.
+        isolated: as ``profiler.isolated_times`` gives.
+        schemes: each on every layer that can have it; ``none`` among them.
+        identity: what times depend on besides plans, phases and compilation: weights and device.
+        folder: of the cache.
+    """
+    plans = {str(scheme): _uniform(scheme, workload, isolated) for scheme in schemes}
+    key = {
+        **identity,
+        "plans": {label: Plan(layers=plan).hash for label, plan in plans.items()},
+        "phases": sorted((call.phase, call.layer, call.m, call.count) for call in workload.calls),
+        "compile": sorted(map(str, timer.compile_arguments.items())),
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    place = folder / "calibration" / f"{name}.json"
+    times = _read_times(place, plans)
+    if times is None:
+        found = timer.time({label: plan for label, plan in plans.items() if label != str(NONE)}, "calibrate")
+        found[str(NONE)] = found.pop(UNQUANTIZED)
+        # In the order of the plans, as they are read back: the fit's last bits depend on it.
+        times = {label: {phase: t.median_us for phase, t in found[label].items()} for label in plans}
+        text = json.dumps({"key": key, "times_us": times}, indent=1) + "\n"
+        write_atomic(place, lambda temporary: temporary.write_text(text), CacheError)
+    return fit_latency(workload, isolated, [(plans[label], times[label]) for label in times])
+
+
+def _uniform(
+    scheme: Scheme, workload: Workload, isolated: Mapping[tuple[str, Scheme, str], float]
+) -> dict[str, Scheme]:
+    """The scheme on every layer that can have it."""
+    phase = workload.phases[0].name
+    return {layer.name: scheme if (layer.name, scheme, phase) in isolated else NONE for layer in workload.quantizable}
+
+
+def _read_times(place: Path, plans: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
+    """Calibration times from the cache; None if they were not measured. A damaged file is measured again, aloud."""
+    if not place.exists():
+        return None
+    try:
+        times = json.loads(place.read_text())["times_us"]
+        found = {label: {phase: float(time) for phase, time in times[label].items()} for label in plans}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as problem:
+        _log.warning("%s is not readable (%s); the plans are timed again", place, problem)
+        return None
+    return found
