@@ -143,10 +143,9 @@ def apply(
         _install(model, chosen, weights, keep_float)
     carried = {layer.name: candidate.scheme for layer, candidate in chosen}
     _remember(model, _changed(plan, {name: carried.get(name, NONE) for name in wanted}))
-    ours = {name: layer.candidate.scheme for name, layer in quantized_layers(model).items() if name in carried}
     return ApplyReport(
         applied={name: scheme for name, scheme in carried.items() if scheme != NONE},
-        unquantized=tuple(name for name, scheme in ours.items() if scheme == NONE),
+        unquantized=tuple(name for name in quantized_layers(model) if carried.get(name) == NONE),
         skipped=tuple(skipped),
         unmatched=unmatched,
         missing=missing,
@@ -246,7 +245,9 @@ def _pack(
         if _is_left_alone(layer, candidate):
             _float_weight(layer)
         elif layer.name not in known:
-            weights[layer.name] = candidate.pack(_float_weight(layer).to(layer.dtype), layer=layer.name)
+            weight = _float_weight(layer)
+            weight = weight.to(layer.dtype) if candidate.scheme == NONE else weight
+            weights[layer.name] = candidate.pack(weight, layer=layer.name)
         elif known[layer.name].shape == shape:
             weights[layer.name] = known[layer.name]
         else:

@@ -77,6 +77,7 @@ def calibrate(
     isolated: Mapping[tuple[str, Scheme, str], float],
     schemes: Sequence[Scheme],
     *,
+    none_is_stock: bool,
     identity: Mapping[str, str],
     folder: Path,
 ) -> LatencyModel:
@@ -87,6 +88,7 @@ def calibrate(
         workload: layers and phases.
         isolated: as ``profiler.isolated_times`` gives.
         schemes: each on every layer that can have it; ``none`` among them.
+        none_is_stock: whether the plan with ``none`` everywhere is the unquantized model itself, not timed twice then.
         identity: what times depend on besides plans, phases and compilation: weights and device.
         folder: of the cache.
     """
@@ -94,6 +96,7 @@ def calibrate(
     key = {
         **identity,
         "plans": {label: Plan(layers=plan).hash for label, plan in plans.items()},
+        "none": "stock" if none_is_stock else "own kernels",
         "phases": sorted((call.phase, call.layer, call.m, call.count) for call in workload.calls),
         "compile": sorted(map(str, timer.compile_arguments.items())),
     }
@@ -101,8 +104,9 @@ def calibrate(
     place = folder / "calibration" / f"{name}.json"
     times = _read_times(place, plans)
     if times is None:
-        found = timer.time({label: plan for label, plan in plans.items() if label != str(NONE)}, "calibrate")
-        found[str(NONE)] = found.pop(UNQUANTIZED)
+        stock = {str(NONE)} if none_is_stock else set()
+        found = timer.time({label: plan for label, plan in plans.items() if label not in stock}, "calibrate")
+        found |= dict.fromkeys(stock, found[UNQUANTIZED])
         # In the order of the plans, as they are read back: the fit's last bits depend on it.
         times = {label: {phase: t.median_us for phase, t in found[label].items()} for label in plans}
         text = json.dumps({"key": key, "times_us": times}, indent=1) + "\n"

@@ -216,6 +216,7 @@ def apply(*, model: str, plan: Path, output: Path, strict: bool, as_json: bool) 
             {
                 "output": str(output),
                 "applied": {name: scheme.to_json() for name, scheme in report.applied.items()},
+                "unquantized": list(report.unquantized),
                 "skipped": {one.name: one.reason for one in report.skipped},
                 "unmatched": list(report.unmatched),
                 "missing": list(report.missing),
@@ -377,13 +378,14 @@ def _loss_figures(change: Difference) -> dict[str, float]:
 def _measured_plan(plan: Plan, measured: Measured) -> Plan:
     """The plan with fresh figures in place of those it was saved with."""
     changes, calls = measured.phase_differences, {name: plan.phases.get(name, 1.0) for name in measured.phases}
-    times, base = measured.phases, measured.baseline_phases
+    times, base, none = measured.phases, measured.baseline_phases, measured.none_phases
     figures = {
         **_loss_figures(measured.difference),
         "samples": measured.difference.samples,
         "baseline_loss": measured.baseline_loss,
         "latency_us": sum(count * times[name].median_us for name, count in calls.items()),
         "baseline_latency_us": sum(count * base[name].median_us for name, count in calls.items()),
+        **({"none_latency_us": sum(count * none[name].median_us for name, count in calls.items())} if none else {}),
         "weight_bytes": measured.weight_bytes,
         "baseline_weight_bytes": measured.baseline_weight_bytes,
         "phases": {
@@ -394,6 +396,7 @@ def _measured_plan(plan: Plan, measured: Measured) -> Plan:
                 "baseline_us": base[name].median_us,
                 "baseline_low_us": base[name].low_us,
                 "baseline_high_us": base[name].high_us,
+                **({"none_us": none[name].median_us} if none else {}),
                 "calls": count,
                 **(_loss_figures(changes[name]) if changes else {}),
             }

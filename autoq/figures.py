@@ -13,6 +13,7 @@ import numpy as np
 
 from autoq.errors import InputError
 from autoq.summary import perplexity_change
+from autoq.tables import UNQUANTIZED_LABEL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,20 +55,22 @@ def relative_latency(front: pd.DataFrame) -> pd.DataFrame:
     """Each plan's request latency over the unquantized model's, measured where it was timed and else predicted.
 
     Args:
-        front: columns of ``tables.FRONT``; the unquantized plan is the row labelled ``none``.
+        front: columns of ``tables.FRONT``; the unquantized model is the row labelled ``unquantized``, or where there is
+            none the one labelled ``none``.
 
     Returns:
         Columns ``latency``, ``low`` and ``high`` (relative; NaN where unknown) and ``timed`` (bool), in front's order.
 
     Raises:
-        InputError: if the unquantized plan is not among the rows.
+        InputError: if the unquantized model is not among the rows.
     """
     import pandas as pd
 
-    base = front[front["label"] == "none"]
+    labels = set(front["label"].dropna())
+    base = front[front["label"] == (UNQUANTIZED_LABEL if UNQUANTIZED_LABEL in labels else "none")]
     if base.empty:
         raise InputError(
-            "a front holds the unquantized plan, labelled none", got=f"labels {sorted(set(front['label'].dropna()))}"
+            "a front holds the unquantized model, labelled unquantized or none", got=f"labels {sorted(labels)}"
         )
     timed = front["latency_measured_us"].notna() & bool(base["latency_measured_us"].notna().iloc[0])
     measured = base["latency_measured_us"].iloc[0]

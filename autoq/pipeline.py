@@ -27,10 +27,11 @@ from autoq.losses import Batch, LossFn, as_batches, default_metric, is_causal_lm
 from autoq.modules import FilterFn, find_linears, unwrap
 from autoq.phase_forms import PhaseForms
 from autoq.profiler import LatencyModel, isolated_times, profile
+from autoq.profiler.end_to_end import UNQUANTIZED
 from autoq.recorder import record as record_inputs
 from autoq.results import TRIALS, Settings, TuneResult
 from autoq.scheme import NONE, Scheme
-from autoq.search import Budget, Option, Problem, SearchResult, Unit
+from autoq.search import Budget, Option, PlanPoint, Problem, SearchResult, Unit
 from autoq.shadow import PackedStore, Shadow
 from autoq.summary import family as role
 from autoq.verdict import Evidence, choose, finished_plan, front_rows, layers_of
@@ -209,12 +210,19 @@ class Tuning:
         offered = [one.scheme for one in self.settings.candidates]
         isolated = isolated_times(self.workload, rows, offered)
         measured_on = {"weights": self.weights_hash, "device": self.fingerprint.key}
-        latency = calibrate(self.timer, self.workload, isolated, offered, identity=measured_on, folder=self.folder)
+        latency = calibrate(
+            self.timer,
+            self.workload,
+            isolated,
+            offered,
+            none_is_stock=self.none_is_stock,
+            identity=measured_on,
+            folder=self.folder,
+        )
         problem = self._problem(isolated, latency, scores)
         limits = self._limits(budget)
         found, phase_losses = judge.in_every_phase(self._search(problem, limits, judge), limits)
-        none = problem.uniform(str(NONE))
-        finalists = {str(number): one for number, one in enumerate(found.finalists) if one.assignment != none}
+        finalists, none_label = self._finalists(problem, found)
         times = self.timer.time({label: layers_of(problem, one) for label, one in finalists.items()}, "verify")
         evidence = Evidence(
             search=found,
@@ -227,10 +235,14 @@ class Tuning:
             workload=self.workload,
             scale=self.scale,
             how=self.timer.how(),
+            none_label=none_label,
+            unquantized_bytes=self.weight_bytes({}),
         )
         choice = choose(evidence)
         if choice is None:
             self.note(f"No plan within the budget ({budget.text}) beats the unquantized model: nothing is quantized.")
+        elif choice == none_label:
+            self.note(f"No plan within the budget ({budget.text}) beats unquantized weights in autoq's kernels.")
         plan = finished_plan(
             evidence, choice, self._provenance(budget, limits), {self.fingerprint.key: kernels_of(rows)}
         )
@@ -254,11 +266,19 @@ class Tuning:
         """What plans are judged by."""
         return "eval_fn" if self.settings.eval_fn is not None else self.meter.metric.name
 
+    @property
+    def none_is_stock(self) -> bool:
+        """Whether the plan with ``none`` on every layer is the unquantized model itself."""
+        none = schemes.parse(NONE)
+        weights = map(self.store.weight, self.layers)
+        return all(none.leaves_alone(one.dtype, one.device.type) for one in weights)
+
     def weight_bytes(self, plan: Assignment) -> int:
-        """Bytes of all the model's weights under a plan."""
+        """Bytes of all the model's weights under a plan; layers it does not name stay as they are."""
         found = self._other_bytes()
         for layer in self.workload.quantizable:
-            found += self._bytes(layer, schemes.parse(plan.get(layer.name, NONE)))
+            scheme = plan.get(layer.name)
+            found += self._stock_bytes(layer) if scheme is None else self._bytes(layer, schemes.parse(scheme))
         return found
 
     def _provenance(self, budget: LossBudget, limits: Budget) -> dict[str, Any]:
@@ -409,9 +429,14 @@ class Tuning:
         return Problem(units=tuple(units), fixed_time_us=fixed, fixed_bytes=self._other_bytes())
 
     def _bytes(self, layer: LayerInfo, candidate: Candidate) -> int:
-        """Bytes the layer adds to the model; an unquantized tied layer adds none, its weight is the embedding's."""
-        if candidate.key != "none":
-            return candidate.weight_bytes_for(layer.n, layer.k)
+        """Bytes the layer adds to the model; packed, it adds its own also where it was tied."""
+        weight = self.store.weight(layer.name)
+        if candidate.leaves_alone(weight.dtype, weight.device.type):
+            return self._stock_bytes(layer)
+        return candidate.weight_bytes_for(layer.n, layer.k)
+
+    def _stock_bytes(self, layer: LayerInfo) -> int:
+        """Bytes of the layer as it is; a tied layer adds none, its weight is the embedding's."""
         return 0 if layer.tied_to else self.store.weight(layer.name).nbytes
 
     def _other_bytes(self) -> int:
@@ -420,6 +445,15 @@ class Tuning:
         decided = {self.store.weight(name).data_ptr() for name, info in infos.items() if not info.tied_to}
         found = {p.data_ptr(): p.nbytes for p in self.model.parameters() if p.data_ptr() not in decided}
         return sum(found.values())
+
+    def _finalists(self, problem: Problem, found: SearchResult) -> tuple[dict[str, PlanPoint], str]:
+        """Label → plan to time beside the unquantized model, and the label under which ``none`` everywhere is timed."""
+        none = problem.uniform(str(NONE))
+        finalists = {str(number): one for number, one in enumerate(found.finalists) if one.assignment != none}
+        if self.none_is_stock:
+            return finalists, UNQUANTIZED
+        point = next(one for one in found.points if one.assignment == none)
+        return finalists | {str(NONE): point}, str(NONE)
 
     def _search(self, problem: Problem, budget: Budget, judge: Judge) -> SearchResult:
         offered = [str(one.scheme) for one in self.settings.candidates]

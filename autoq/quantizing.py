@@ -24,7 +24,7 @@ from autoq.plan import Plan
 from autoq.profiler.end_to_end import UNQUANTIZED
 from autoq.profiler.timing import Timing
 from autoq.results import Settings
-from autoq.scheme import Scheme
+from autoq.scheme import NONE, Scheme
 from autoq.search import Objective
 from autoq.shadow import PackedStore, Shadow
 from autoq.workload import Phase
@@ -273,6 +273,7 @@ class Measured:
         difference: the plan's paired difference to it, the largest of the phases'.
         phases: phase → timing of one pass, compiled.
         baseline_phases: the same of the unquantized model, interleaved with it.
+        none_phases: the same with ``none`` on all of the plan's layers, where those run in autoq's kernels; else empty.
         weight_bytes: bytes of all the model's weights under the plan.
         baseline_weight_bytes: the same of the unquantized model.
         phase_differences: phase → that phase's, where the plan has mixes that switch between phases; else empty.
@@ -286,6 +287,7 @@ class Measured:
     weight_bytes: int
     baseline_weight_bytes: int
     phase_differences: Mapping[str, Difference] = field(default_factory=dict)
+    none_phases: Mapping[str, Timing] = field(default_factory=dict)
 
 
 def measure(
@@ -302,7 +304,7 @@ def measure(
 
     Args:
         model: unquantized, compiled or not; it is not changed.
-        plan: layers it does not name stay unquantized.
+        plan: layers it does not name stay as they are.
         batches: as in ``autoq.tune``.
         phases: as in ``autoq.tune``.
         loss_fn: as in ``autoq.tune``.
@@ -313,19 +315,26 @@ def measure(
         InputError: as ``autoq.tune``.
         PlanError: if the plan names layers the model lacks.
     """
-    tuning = Tuning(model, batches, phases, Settings(loss_fn=loss_fn, eval_fn=eval_fn, seed=seed), None)
+    _check_layers(plan, [site.name for site in find_linears(model) if site.reason is None])
+    only = (lambda name, _: name in plan.layers) if plan.layers else None
+    settings = Settings(loss_fn=loss_fn, eval_fn=eval_fn, seed=seed, filter_fn=only)
+    tuning = Tuning(model, batches, phases, settings, None)
     tuning.prepare()
     _check_layers(plan, tuning.layers)
     meter: LossMeter = tuning.meter
     differences = meter.by_phase(plan.layers)
-    times = tuning.timer.time({"plan": plan.layers}, "measure")
+    plans = {"plan": plan.layers} if plan.layers else {}
+    if plan.layers and not tuning.none_is_stock:
+        plans["none"] = dict.fromkeys(plan.layers, NONE)
+    times = tuning.timer.time(plans, "measure")
     return Measured(
         metric=tuning.metric_name,
         baseline_loss=float(meter.baseline().double().mean()),
         difference=largest(differences),
         phase_differences=differences if meter.forms.differ(plan.layers) else {},
-        phases=times["plan"],
+        phases=times["plan" if plan.layers else UNQUANTIZED],
         baseline_phases=times[UNQUANTIZED],
+        none_phases=times.get("none", {}),
         weight_bytes=tuning.weight_bytes(plan.layers),
         baseline_weight_bytes=tuning.weight_bytes({}),
     )

@@ -136,7 +136,7 @@ def _predicted_table(plan: Plan) -> Table:
         rows.append(
             ["loss increase", f"{predicted['loss_delta']:+.4g}", UNKNOWN if loss is None else f"{loss:+.4g}", ""]
         )
-    note = "The error is of the time relative to the unquantized model; of a phase, the largest among the finalists."
+    note = "The error is of the time relative to none on every layer; of a phase, the largest among the finalists."
     return Table("Predicted and measured", ("quantity", "predicted", "measured", "error"), rows, note)
 
 

@@ -122,7 +122,7 @@ class Shadow:
                 del site.__dict__["forward"]
 
     def assign(self, assignment: Mapping[str, Scheme]) -> None:
-        """Give every layer its scheme; a layer that is not named is unquantized."""
+        """Give every layer its scheme; a layer that is not named has ``none``."""
         for layer, site in self._sites.items():
             scheme = assignment.get(layer, NONE)
             if scheme != self._assigned[layer]:

@@ -67,6 +67,10 @@ def summary_rows(plan: Plan) -> list[SummaryRow]:
     rows = [loss_row(measured, budget), *phase_loss_rows(measured, budget)]
     rows += [_phase_row(name, phase) for name, phase in (measured.get("phases") or {}).items()]
     rows.append(_request_row(plan, measured))
+    if measured.get("none_latency_us") is not None:
+        before, after = measured["none_latency_us"], measured.get("latency_us")
+        name = "request, ms, against unquantized weights in autoq's kernels"
+        rows.append(SummaryRow(name, interval(before), interval(after), speedup(before, after)))
     rows.append(_bytes_row(measured))
     for name, schemes in family_schemes(plan).items():
         count = sum(schemes.values())

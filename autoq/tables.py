@@ -34,7 +34,7 @@ MEASUREMENTS = pa.schema(
         ("time_us", _REAL),  # median
         ("time_low_us", _REAL),  # 10 % quantile
         ("time_high_us", _REAL),  # 90 % quantile
-        ("baseline_us", _REAL),  # median of the unquantized layer in the same window
+        ("baseline_us", _REAL),  # median of the unquantized layer in stock PyTorch, in the same window
         ("ratio", _REAL),  # time_us / baseline_us
         ("bandwidth_gb_s", _REAL),  # the machine's read bandwidth in the same window
         ("error", _REAL),  # relative RMS of the output against the scheme's own reference
@@ -60,12 +60,15 @@ SENSITIVITY = pa.schema(
     ]
 )
 
+# The label of the model itself, which has a row where `none` runs in autoq's kernels and is a plan of its own.
+UNQUANTIZED_LABEL = "unquantized"
+
 # One row: one plan that was evaluated.
 FRONT = pa.schema(
     [
         ("plan", _TEXT),  # hash of the assignment
         ("source", _TEXT),  # uniform, frontier, optuna, local
-        ("label", _TEXT),  # the scheme of a uniform plan, else empty
+        ("label", _TEXT),  # the scheme of a uniform plan; `unquantized` of the model itself; else empty
         ("loss_predicted", _REAL),
         ("loss_delta", _REAL),  # measured increase of the loss; null if not measured
         ("loss_low", _REAL),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autoq.evaluation import Additive, LossBudget
@@ -13,6 +13,7 @@ from autoq.profiler import LatencyModel, Timing
 from autoq.profiler.end_to_end import UNQUANTIZED
 from autoq.scheme import NONE, Scheme
 from autoq.search import Assignment, Budget, Evaluation, PlanPoint, Problem, SearchResult
+from autoq.tables import UNQUANTIZED_LABEL
 from autoq.workload import Workload
 
 
@@ -22,7 +23,7 @@ class Evidence:
 
     Attributes:
         search: everything the search measured.
-        finalists: label → plan that was timed end to end, the unquantized one aside.
+        finalists: label → plan that was timed end to end, the unquantized model aside.
         phase_losses: assignment → phase → loss, of the finalists whose phases differ in their arithmetic; the largest
             is the finalist's.
         times: label → phase → timing of one pass; the unquantized model's under ``UNQUANTIZED``.
@@ -32,6 +33,9 @@ class Evidence:
         workload: layers and phases.
         scale: brings the search's losses back to the metric's.
         how: phase → how it was compiled.
+        none_label: the plan with ``none`` on every layer among ``times``: a finalist where such layers run in autoq's
+            kernels, and ``UNQUANTIZED`` where the plan is the unquantized model.
+        unquantized_bytes: bytes of the unquantized model's weights.
     """
 
     search: SearchResult
@@ -44,6 +48,8 @@ class Evidence:
     workload: Workload
     scale: Additive
     how: Mapping[str, str]
+    none_label: str
+    unquantized_bytes: int
 
     @property
     def layers(self) -> list[str]:
@@ -52,9 +58,19 @@ class Evidence:
 
     @property
     def none(self) -> PlanPoint:
-        """The unquantized model as the search measured it."""
+        """The plan with ``none`` on every layer as the search measured it."""
         wanted = self.search.refitted.uniform(str(NONE))
         return next(point for point in self.search.points if point.assignment == wanted)
+
+    @property
+    def unquantized(self) -> PlanPoint:
+        """The unquantized model: that plan's loss, by definition, and its own bytes."""
+        return replace(self.none, bytes=self.unquantized_bytes)
+
+    @property
+    def none_is_stock(self) -> bool:
+        """Whether ``none`` leaves every layer as it is."""
+        return self.none_label == UNQUANTIZED
 
     def request_us(self, label: str, field: str = "median_us") -> float:
         """Measured time of one request: the sum over phases of calls × pass."""
@@ -85,7 +101,7 @@ def choose(evidence: Evidence) -> str | None:
 
     good = [label for label in evidence.finalists if evidence.within(label)]
     best = min(good, key=value, default=None)
-    unquantized = evidence.request_us(UNQUANTIZED) if latency else evidence.none.value(metric)
+    unquantized = evidence.request_us(UNQUANTIZED) if latency else evidence.unquantized.value(metric)
     if best is None or (value(best) >= unquantized and none_within(evidence)):
         return None
     return best
@@ -95,7 +111,7 @@ def none_within(evidence: Evidence) -> bool:
     """Whether the unquantized model meets the limits on latency and bytes."""
     limits = evidence.limits
     late = limits.max_time_us is not None and evidence.request_us(UNQUANTIZED) > limits.max_time_us
-    return not late and (limits.max_bytes is None or evidence.none.bytes <= limits.max_bytes)
+    return not late and (limits.max_bytes is None or evidence.unquantized.bytes <= limits.max_bytes)
 
 
 def finished_plan(
@@ -104,17 +120,19 @@ def finished_plan(
     provenance: Mapping[str, Any],
     kernels: Mapping[str, Mapping[str, str]],
 ) -> Plan:
-    """The plan with its measured and predicted figures."""
-    point = evidence.none if choice is None else evidence.finalists[choice]
-    layers = layers_of(evidence.search.refitted, point)
-    latency = evidence.latency
+    """The plan with its measured and predicted figures.
+
+    The unquantized model's names no layer where layers that are named ``none`` run in autoq's kernels.
+    """
+    point = evidence.unquantized if choice is None else evidence.finalists[choice]
+    stock = choice is None and not evidence.none_is_stock
+    layers = {} if stock else layers_of(evidence.search.refitted, point)
     figures = {
         "study": evidence.search.study_name,
         "measured": _measured(evidence, choice, point),
         "predicted": {
             "loss_delta": evidence.scale.back(point.predicted_loss),
-            "latency_us": latency.request_us(layers, evidence.layers),
-            "phases": {name: latency.pass_us(layers, evidence.layers, name) for name in latency.calls},
+            **({} if stock else _predicted_times(evidence, layers)),
             "latency_error": _prediction_errors(evidence),
         },
         "certificate": _certificate(evidence.search),
@@ -123,9 +141,18 @@ def finished_plan(
     return Plan(layers=layers, phases=phases, kernels=kernels, provenance={**provenance, **figures})
 
 
+def _predicted_times(evidence: Evidence, layers: Mapping[str, Scheme]) -> dict[str, Any]:
+    latency = evidence.latency
+    return {
+        "latency_us": latency.request_us(layers, evidence.layers),
+        "phases": {name: latency.pass_us(layers, evidence.layers, name) for name in latency.calls},
+    }
+
+
 def _measured(evidence: Evidence, choice: str | None, point: PlanPoint) -> dict[str, Any]:
     label = choice or UNQUANTIZED
-    now, before = evidence.times[label], evidence.times[UNQUANTIZED]
+    now, before, none = (evidence.times[one] for one in (label, UNQUANTIZED, evidence.none_label))
+    own = not evidence.none_is_stock
     by_phase = evidence.phase_losses.get(point.assignment, {})
     return {
         **_losses(evidence, point.evaluation),
@@ -133,6 +160,7 @@ def _measured(evidence: Evidence, choice: str | None, point: PlanPoint) -> dict[
         "baseline_loss": evidence.budget.baseline,
         "latency_us": evidence.request_us(label),
         "baseline_latency_us": evidence.request_us(UNQUANTIZED),
+        **({"none_latency_us": evidence.request_us(evidence.none_label)} if own else {}),
         "phases": {
             phase.name: {
                 "time_us": now[phase.name].median_us,
@@ -141,6 +169,7 @@ def _measured(evidence: Evidence, choice: str | None, point: PlanPoint) -> dict[
                 "baseline_us": before[phase.name].median_us,
                 "baseline_low_us": before[phase.name].low_us,
                 "baseline_high_us": before[phase.name].high_us,
+                **({"none_us": none[phase.name].median_us} if own else {}),
                 "calls": phase.calls,
                 "compiled": evidence.how.get(phase.name, ""),
                 **(_losses(evidence, by_phase[phase.name]) if by_phase else {}),
@@ -148,7 +177,7 @@ def _measured(evidence: Evidence, choice: str | None, point: PlanPoint) -> dict[
             for phase in evidence.workload.phases
         },
         "weight_bytes": point.bytes,
-        "baseline_weight_bytes": evidence.none.bytes,
+        "baseline_weight_bytes": evidence.unquantized.bytes,
     }
 
 
@@ -159,14 +188,14 @@ def _losses(evidence: Evidence, found: Evaluation) -> dict[str, float]:
 
 
 def _prediction_errors(evidence: Evidence) -> dict[str, float]:
-    """Largest relative error of predicted over measured time, both as ratios to the unquantized model, per phase."""
+    """Largest relative error of predicted over measured time, both as ratios to ``none`` on every layer, per phase."""
     latency, layers = evidence.latency, evidence.layers
     errors = dict.fromkeys(latency.calls, 0.0)
     for label, point in evidence.finalists.items():
         plan = layers_of(evidence.search.refitted, point)
         for phase in errors:
             predicted = latency.pass_us(plan, layers, phase) / latency.pass_us({}, layers, phase)
-            measured = evidence.times[label][phase].median_us / evidence.times[UNQUANTIZED][phase].median_us
+            measured = evidence.times[label][phase].median_us / evidence.times[evidence.none_label][phase].median_us
             errors[phase] = max(errors[phase], abs(predicted / measured - 1))
     return errors
 
@@ -179,16 +208,15 @@ def _certificate(result: SearchResult) -> dict[str, float] | None:
 
 
 def front_rows(evidence: Evidence, choice: str | None) -> list[dict[str, Any]]:
-    """One row of the front's table per plan that was measured."""
+    """One row of the front's table per plan that was measured, and one of the unquantized model if that is none."""
     problem = evidence.search.refitted
     none = evidence.none
-    timed = {point.assignment: label for label, point in evidence.finalists.items()} | {none.assignment: UNQUANTIZED}
-    winner = (none if choice is None else evidence.finalists[choice]).assignment
+    timed = {point.assignment: label for label, point in evidence.finalists.items()}
+    timed |= {none.assignment: evidence.none_label}
+    winner = evidence.none_label if choice is None and evidence.none_is_stock else choice
     rows = []
     for point in evidence.search.points:
         label = timed.get(point.assignment)
-        fields = ("median_us", "low_us", "high_us")
-        median, low, high = (None if label is None else evidence.request_us(label, field) for field in fields)
         rows.append(
             {
                 "plan": Plan(layers=layers_of(problem, point)).hash,
@@ -198,14 +226,36 @@ def front_rows(evidence: Evidence, choice: str | None) -> list[dict[str, Any]]:
                 **_losses(evidence, point.evaluation),
                 "samples": point.evaluation.samples,
                 "latency_predicted_us": point.time_us,
-                "latency_measured_us": median,
-                "latency_low_us": low,
-                "latency_high_us": high,
+                **_latencies(evidence, label),
                 "weight_bytes": point.bytes,
                 "in_budget": point.full and point.excess(evidence.limits) == 0,
                 "pareto": point in evidence.search.pareto,
-                "chosen": point.assignment == winner and point.full,
+                "chosen": label is not None and label == winner and point.full,
                 "assignment": json.dumps(problem.schemes(point.assignment)),
             }
         )
+    if not evidence.none_is_stock:
+        rows.append(_unquantized_row(evidence, next(row for row in rows if row["label"] == str(NONE)), choice))
     return rows
+
+
+def _latencies(evidence: Evidence, label: str | None) -> dict[str, float | None]:
+    columns = {"latency_measured_us": "median_us", "latency_low_us": "low_us", "latency_high_us": "high_us"}
+    return {name: None if label is None else evidence.request_us(label, field) for name, field in columns.items()}
+
+
+def _unquantized_row(evidence: Evidence, none: Mapping[str, Any], choice: str | None) -> dict[str, Any]:
+    """The unquantized model's row from that of ``none`` on every layer; its predicted time is on the same scale."""
+    slower = evidence.request_us(UNQUANTIZED) / evidence.request_us(evidence.none_label)
+    return {
+        **none,
+        **_latencies(evidence, UNQUANTIZED),
+        "plan": Plan(layers={}).hash,
+        "label": UNQUANTIZED_LABEL,
+        "latency_predicted_us": none["latency_predicted_us"] * slower,
+        "weight_bytes": evidence.unquantized.bytes,
+        "in_budget": none_within(evidence),
+        "pareto": False,
+        "chosen": choice is None,
+        "assignment": "{}",
+    }

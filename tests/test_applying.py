@@ -9,8 +9,10 @@ from autoq import candidates
 from autoq.applying import apply, plan_of, restore
 from autoq.errors import CandidateError, ModelError, PlanError
 from autoq.modules import QuantLinear, quantized_layers
+from autoq.numerics import relative_rms
 from autoq.plan import Plan
 from autoq.scheme import Scheme
+from autoq.shadow import PackedStore, Shadow
 
 INT8, HQQ = Scheme(name="int8wo"), Scheme.parse("int4wo-hqq(group_size=64)")
 
@@ -161,6 +163,108 @@ def test_progress_counts_the_layers():
     seen = []
     apply(Net(), PLAN, progress=lambda *event: seen.append(event))
     assert seen == [("apply", "up", 0, 3), ("apply", "down", 1, 3), ("apply", "head", 2, 3)]
+
+
+# --- none ------------------------------------------------------------------------------------------------------------
+
+TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}  # relative RMS against the float64 product
+
+
+def difference(y, wanted):
+    return relative_rms(y.detach(), wanted.detach().double())
+
+
+MIXED = Plan(layers={"up": "none", "down": "int8wo", "head": "none"}, provenance={"measured": {"loss": 1.0}})
+HALVES = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+@HALVES
+@pytest.mark.parametrize("m", [1, 32, 33, 200])
+def test_a_none_layer_runs_in_autoqs_kernel_with_the_same_weight(dtype, m):
+    model = Net().to(dtype)
+    linear, x = model.up, torch.randn(m, 64).to(dtype)
+    report = apply(model, MIXED)
+    assert report.applied == {"down": INT8}
+    assert report.unquantized == ("up", "head")
+    assert str(report).splitlines() == ["1 layers quantized", "2 layers unquantized in autoq's kernels"]
+    assert isinstance(model.up, QuantLinear)
+    assert torch.equal(model.up.weight, linear.weight)
+    assert model.up.bias is linear.bias
+    with torch.no_grad():
+        exact = x.double() @ linear.weight.double().T + linear.bias.double()
+        assert relative_rms(model.up(x), exact) < TOLERANCE[dtype]
+        shadow = Shadow(nn.Sequential(linear), PackedStore(nn.Sequential(linear), ["0"]))
+        assert torch.equal(shadow.model(x), model.up(x))  # what is measured is what is applied
+
+
+@HALVES
+def test_a_plan_of_none_alone_is_applied_carried_and_restored_bit_by_bit(dtype):
+    model = Net().to(dtype).eval()
+    before, output = snapshot(model), model(TOKENS)
+    plan = Plan(layers=dict.fromkeys(PLAN.layers, "none"), provenance={"measured": {"loss": 0.0}})
+    report = apply(model, plan, keep_float=True, strict=True)
+    assert (report.applied, report.unquantized) == ({}, ("up", "down", "head"))
+    assert difference(model(TOKENS), output) < 3 * TOLERANCE[dtype]
+    for carried in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert plan_of(carried) == plan
+        assert torch.equal(carried(TOKENS), model(TOKENS))
+    assert restore(model) == 3
+    assert snapshot(model) == before
+    assert torch.equal(model(TOKENS), output)
+
+
+def test_none_changes_to_a_scheme_and_back():
+    model, fresh = Net().bfloat16().eval(), Net().bfloat16().eval()
+    fresh.load_state_dict(model.state_dict())
+    output = fresh(TOKENS)
+    apply(model, MIXED, keep_float=True)
+    up, other = model.up, MIXED.replace({"up": "int8wo", "down": "none"})
+    assert apply(model, other).unquantized == ("down", "head")
+    apply(fresh, other)
+    assert model.up is up
+    assert torch.equal(model(TOKENS), fresh(TOKENS))
+    assert plan_of(model) == plan_of(fresh) == other
+    with pytest.raises(ModelError, match="up: a quantized layer changes its scheme"):
+        apply(fresh, MIXED)
+    restore(model)
+    assert torch.equal(model(TOKENS), output)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_float32_layers_and_those_without_kernels_are_left_alone(monkeypatch, kernels):
+    monkeypatch.setattr("autoq.candidates.none.load_cpu_kernels", lambda: kernels)
+    model = Net() if kernels else Net().bfloat16()
+    before = snapshot(model)
+    report = apply(model, Plan(layers=dict.fromkeys(PLAN.layers, "none")))
+    assert (report.applied, report.unquantized) == ({}, ())
+    assert snapshot(model) == before
+    assert plan_of(model) is None
+
+
+def test_layers_that_cannot_be_replaced_and_plans_without_layers_change_nothing():
+    model = Net().bfloat16()
+    before = snapshot(model)
+    report = apply(model, Plan(layers={"attention.out_proj": "none"}))
+    assert (report.unquantized, report.skipped) == ((), ())
+    assert apply(model, Plan(layers={}), strict=True).missing == ()
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    "convert", [nn.Module.float, nn.Module.half, nn.Module.double], ids=["float", "half", "double"]
+)
+def test_an_unquantized_weight_is_converted_as_that_of_a_linear_layer(convert):
+    model = Net().bfloat16().eval()
+    other = copy.deepcopy(model)
+    apply(model, MIXED.replace({"down": "none"}), keep_float=True)
+    convert(model), convert(other)
+    if convert is not nn.Module.double:
+        assert difference(model(TOKENS), other(TOKENS)) < 3e-3
+        assert torch.equal(model.up.weight, other.up.weight)
+        apply(model, MIXED)  # down changes in the new dtype
+        assert difference(model(TOKENS), other(TOKENS)) < 2e-2
+    restore(model)
+    assert torch.equal(model(TOKENS), other(TOKENS))
 
 
 # --- plan_of ---------------------------------------------------------------------------------------------------------

@@ -37,6 +37,8 @@ PLANS = {
     "mixed": Plan(layers={"up": "int8wo", "down": "sinq(bits=5,group_size=32)"}, provenance={"seed": 7}),
     "head": Plan(layers={"up": "int8dq", "head": "fp6(format=e2m3)"}),
     "none": Plan(layers={"up": "none"}),
+    "all none": Plan(layers={"up": "none", "down": "none", "head": "none"}),
+    "no layers": Plan(layers={}),
 }
 
 
@@ -81,6 +83,19 @@ def test_a_round_trip_is_bit_equal(tmp_path, name, into):
     assert [layer.dtype for layer in quantized_layers(loaded).values()] == [torch.bfloat16] * len(
         quantized_layers(model)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_unquantized_weights_are_saved_as_they_are(tmp_path, dtype):
+    model = make(PLANS["all none"], dtype)
+    save_quantized(model, tmp_path / "model")
+    loaded = load_quantized(Net, tmp_path / "model")
+    assert type(loaded.up) is (nn.Linear if dtype == torch.float32 else QuantLinear)
+    for name in ("up", "down", "head"):
+        found, wanted = loaded.get_submodule(name).weight, model.get_submodule(name).weight
+        assert found.dtype == dtype
+        assert torch.equal(found, wanted)
+    assert torch.equal(loaded(TOKENS), model(TOKENS))
 
 
 def test_tied_tensors_are_stored_once_and_sections_by_name(saved):

@@ -15,9 +15,11 @@ from torch import nn
 import autoq
 from autoq import pipeline, tables
 from autoq.errors import AutoqError, CacheError, InputError, ModelError, SearchError
+from autoq.figures import relative_latency
 from autoq.pipeline import compile_arguments, family
 from autoq.profiler import isolated as isolated_module
 from autoq.quantizing import loss_meter
+from autoq.reporting import write_files
 from autoq.scheme import Scheme
 
 
@@ -253,6 +255,57 @@ def test_a_plan_without_mixes_has_one_loss(tuned):
     assert all("loss_delta" not in phase for phase in phases.values())
     measured = autoq.measure(classifier(), tuned[1].plan, inputs(), phases=PHASES)
     assert measured.phase_differences == {}
+
+
+# -- unquantized weights in autoq's kernels ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned_bfloat16(tmp_path_factory):
+    """A tuned bfloat16 classifier, and the cache folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    batches = [one.bfloat16() for one in inputs()]
+    return autoq.tune(classifier(torch.bfloat16), batches, cache_dir=folder, max_increase=0.05, **QUICK), folder
+
+
+def test_none_is_timed_as_a_plan_of_its_own_where_it_has_kernels(tuned_bfloat16, tuned):
+    result, folder = tuned_bfloat16
+    front, measured = result.front, result.plan.provenance["measured"]
+    none, stock = (front[front["label"] == name].iloc[0] for name in ("none", "unquantized"))
+    assert front["chosen"].sum() == 1
+    assert none["latency_measured_us"] == measured["none_latency_us"]
+    assert stock["latency_measured_us"] == measured["baseline_latency_us"]
+    assert measured["phases"]["forward"]["none_us"] > 0
+    assert none["loss_delta"] == stock["loss_delta"] == 0
+    assert none["weight_bytes"] == stock["weight_bytes"] == measured["baseline_weight_bytes"]
+    ratios = relative_latency(front)["latency"]
+    assert ratios[front["label"] == "unquantized"].tolist() == [1.0]
+    rows = result.measurements[result.measurements["scheme"] == "none"]
+    assert rows["kernel"].str.endswith(".bf16.gemv").all()
+    assert (rows["ratio"] == rows["time_us"] / rows["baseline_us"]).all()
+    (kernels,) = result.plan.kernels.values()
+    assert kernels["none M=16 K=128 N=128 bfloat16"] == rows["kernel"].iloc[0]
+    (calibration,) = (json.loads(one.read_text()) for one in (folder / "calibration").iterdir())
+    assert set(calibration["times_us"]) == set(front["label"]) - {"", "unquantized"}
+    assert "none_latency_us" not in tuned[1].plan.provenance["measured"]  # float32: none is the stock model
+    assert "unquantized" not in set(tuned[1].front["label"])
+
+
+def test_the_unquantized_model_is_a_plan_without_layers_then(tmp_path):
+    model, batches = classifier(torch.bfloat16), [one.bfloat16() for one in inputs()]
+    result = autoq.tune(model, batches, cache_dir=tmp_path, max_increase=0.05, max_latency_us=1e-3, **QUICK)
+    assert result.plan.layers == {}
+    assert any("nothing is quantized" in note for note in result.notes)
+    assert result.front[result.front["chosen"]]["label"].tolist() == ["unquantized"]
+    facts = result.plan.provenance
+    assert facts["measured"]["latency_us"] == facts["measured"]["baseline_latency_us"]
+    assert facts["measured"]["loss_delta"] == 0
+    assert "latency_us" not in facts["predicted"]
+    write_files(result, tmp_path)
+    before = dict(model.named_modules())
+    assert autoq.autoquant(model, plan=tmp_path / "plan.json", accept_plan=True) is model
+    assert dict(model.named_modules()) == before
+    assert autoq.plan_of(model) is None
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,34 @@ def test_a_profile_has_one_row_per_shape_and_scheme_and_measures_nothing_twice()
     assert len(kept) == 2
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_none_is_measured_in_the_kernel_it_runs_beside_the_stock_layer(dtype):
+    recorded = workload()
+    typed = {
+        "layers": tuple(replace(layer, dtype=dtype) for layer in recorded.layers),
+        "calls": tuple(replace(call, dtype=dtype) for call in recorded.calls),
+    }
+    rows = profile(replace(recorded, **typed), [NONE, INT8], device_key="here")
+    found = [row for row in rows if row["scheme"] == "none"]
+    assert len(found) == 2
+    for row in found:
+        assert row["status"] == "ok"
+        assert row["weight_bytes"] == 64 * 64 * getattr(torch, dtype).itemsize
+        assert row["ratio"] == row["time_us"] / row["baseline_us"]
+        if dtype == "float32":
+            assert (row["kernel"], row["ratio"], row["error"]) == ("stock", 1.0, 0.0)
+        else:
+            short = {"bfloat16": "bf16", "float16": "fp16"}[dtype]
+            assert row["kernel"].endswith(f".{short}.gemv")
+            assert 0 < row["error"] < {"bfloat16": 3e-3, "float16": 4e-4}[dtype]
+
+
+def test_none_is_the_stock_layer_without_a_compiler(monkeypatch):
+    monkeypatch.setattr("autoq.candidates.none.load_cpu_kernels", lambda: False)
+    rows = profile(workload(("decode",)), [NONE], device_key="here")
+    assert [(row["kernel"], row["ratio"]) for row in rows] == [("stock", 1.0)]
+
+
 def test_a_mix_is_measured_on_the_recorded_rows_by_the_kernel_of_its_side():
     """Row counts are never rounded: 16 rows are below a switch at 32 and not below one at 16."""
     names = ("int8wo", "int8dq", "int8mix(m_switch=16)", "int8mix(m_switch=32)")
@@ -131,21 +160,26 @@ def test_a_failure_is_a_row_with_its_reason_and_no_time(candidate: Candidate, st
     assert {scheme for _, scheme, _ in times} == {NONE.scheme}
 
 
-def measured(base=100.0, ratio=0.5):
+def measured(base=100.0, ratio=0.5, none_ratio=1.0):
     shared = {"k": 64, "n": 64, "dtype": "bfloat16", "bias": False, "status": "ok"}
     return [
-        shared | {"m": m, "scheme": str(scheme), "time_us": base * m * r, "ratio": r}
-        for m, (scheme, r) in itertools.product((1, 16), zip(SCHEMES, (1.0, ratio), strict=True))
+        shared | {"m": m, "scheme": str(scheme), "time_us": base * m * r, "baseline_us": base * m, "ratio": r}
+        for m, (scheme, r) in itertools.product((1, 16), zip(SCHEMES, (none_ratio, ratio), strict=True))
     ]
 
 
-def test_isolated_times_are_ratios_on_one_baseline():
-    times = isolated_times(workload(), measured(), SCHEMES)
+@pytest.mark.parametrize("none_ratio", [1.0, 0.75])
+def test_isolated_times_are_ratios_on_one_baseline(none_ratio):
+    """The stock layer's time, whatever kernel ``none`` runs in."""
+    times = isolated_times(workload(), measured(none_ratio=none_ratio), SCHEMES)
     assert times["a", INT8.scheme, "decode"] == 50
-    assert times["b", NONE.scheme, "prefill"] == 1600
+    assert times["b", NONE.scheme, "prefill"] == 1600 * none_ratio
     assert not [name for name, _, _ in times if name in ("never", "left")]
-    with pytest.raises(CacheError, match="measured"):
+    with pytest.raises(CacheError, match="no row"):
         isolated_times(workload(), measured()[:2], SCHEMES)
+    failed = [row | {"status": "wrong", "reason": "it is off"} for row in measured()]
+    with pytest.raises(CacheError, match="it is off"):
+        isolated_times(workload(), failed, SCHEMES)
 
 
 def test_the_latency_model_meets_uniform_plans_and_interpolates_mixed_ones():

@@ -10,10 +10,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import autoq
 from autoq import language, quantizing
+from autoq.candidates import Packed
 from autoq.errors import InputError, PlanError
-from autoq.modules import QuantLinear
+from autoq.modules import QuantLinear, quantized_layers
+from autoq.pipeline import Tuning
 from autoq.profiler import isolated as isolated_module
-from autoq.results import TuneResult
+from autoq.results import Settings, TuneResult
 
 
 @pytest.fixture(autouse=True)
@@ -190,6 +192,19 @@ def test_measuring_a_plan_gives_its_loss_and_times_and_changes_nothing():
         autoq.measure(model, autoq.Plan(layers={"gone": "int8wo"}), X)
 
 
+def test_a_plan_is_measured_against_unquantized_weights_in_the_same_kernels_too():
+    model = net().bfloat16()
+    x = list(torch.randn(4, 8, 64).bfloat16())
+    found = autoq.measure(model, autoq.Plan(layers={"fc1": "int8wo"}), x)
+    assert found.none_phases.keys() == found.phases.keys() == found.baseline_phases.keys()
+    assert found.baseline_weight_bytes == 2 * (128 * 64 + 128 + 128 * 32 + 32)
+    stock = autoq.measure(model, autoq.Plan(layers={}), x)
+    assert stock.phases == stock.baseline_phases
+    assert (stock.none_phases, stock.difference.mean) == ({}, 0.0)
+    assert stock.weight_bytes == stock.baseline_weight_bytes == found.baseline_weight_bytes
+    assert autoq.measure(net(), autoq.Plan(layers={"fc1": "int8wo"}), torch.randn(8, 64)).none_phases == {}
+
+
 # -- a causal language model ----------------------------------------------------------------------------------------
 
 
@@ -243,6 +258,21 @@ def test_a_tied_head_is_quantized_without_changing_the_embedding(tuned_llama):
     assert none["weight_bytes"] == floats  # the embedding counts once
     tables = model.lm_head.weight.numel() + 4 * 128
     assert int8["weight_bytes"] > model.model.embed_tokens.weight.nbytes + tables
+
+
+def test_a_tied_head_in_autoqs_kernels_is_held_twice_and_counted_so():
+    model = llama().bfloat16()
+    plan = autoq.Plan(layers={"lm_head": "none", "model.layers.0.mlp.up_proj": "none"})
+    settings = Settings(loss_fn=lambda outputs, batch: outputs.logits.float().square().mean(dim=(1, 2)))
+    tuning = Tuning(model, torch.randint(3, 128, (2, 8)), None, settings, None)
+    tuning.prepare()
+    size = tuning.weight_bytes(plan.layers)
+    assert size == tuning.weight_bytes({}) + model.lm_head.weight.nbytes
+    autoq.apply(model, plan)
+    packed = sum(one.candidate.weight_bytes(Packed(one.packed)) for one in quantized_layers(model).values())
+    assert packed + sum(parameter.nbytes for parameter in model.parameters()) == size
+    prompt = torch.randint(3, 128, (1, 8))
+    assert model.generate(input_ids=prompt, max_new_tokens=2, do_sample=False).shape[1] > 8
 
 
 def test_generate_triggers_tuning_and_goes_on(instant, monkeypatch):

@@ -182,6 +182,21 @@ def test_relative_latency_prefers_measured_times_over_predictions():
     assert latency["low"].tolist()[3] == pytest.approx(0.495)
 
 
+def test_times_are_relative_to_the_unquantized_model_where_none_is_another_plan():
+    front = pd.concat([FRONT, tables.frame([front_row("unquantized", "uniform", 0.0, 1250.0)], tables.FRONT)])
+    assert relative_latency(front)["latency"].tolist() == pytest.approx([0.8, 0.56, 0.64, 0.4, 1.0])
+
+
+def test_the_speed_up_over_unquantized_weights_in_the_same_kernels_is_shown_beside_that_over_stock():
+    measured = MEASURED | {"none_latency_us": 1_050_000.0}
+    rows = summary_rows(replace(PLAN, provenance={"measured": measured, "budget": BUDGET}))
+    found = [(row.quantity, row.before, row.change) for row in rows if row.quantity.startswith("request")]
+    assert found == [
+        ("request, ms (1 prefill + 128 decode)", "1400.00", "2.00 × as fast"),
+        ("request, ms, against unquantized weights in autoq's kernels", "1050.00", "1.50 × as fast"),
+    ]
+
+
 def test_relative_latency_needs_the_unquantized_plan():
     with pytest.raises(InputError, match="none"):
         relative_latency(FRONT[FRONT["label"] != "none"])

@@ -64,7 +64,7 @@ def profile(
 
     Args:
         workload: its shapes are measured.
-        candidates: the schemes; ``none`` is always measured beside them.
+        candidates: the schemes; the unquantized layer is always measured beside them.
         device_key: written into the rows.
         known: rows of the measurements table from the cache.
         keep: called with the rows of each finished shape, so that an interrupted run loses one shape at most.
@@ -113,7 +113,7 @@ def _measure(shape: Shape, candidates: Sequence[Candidate], device_key: str) -> 
     found = []
     for candidate in candidates:
         row = _new_row(shape, candidate, device_key)
-        if candidate.key == "none":
+        if candidate.leaves_alone(dtype, x.device.type):
             row |= {"status": "ok", "kernel": "stock", "error": 0.0, "weight_bytes": whole.nbytes}
         else:
             _prepare(row, runs, candidate, (weight, x, bias), times)

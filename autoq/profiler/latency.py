@@ -71,12 +71,13 @@ def isolated_times(
             for call in workload.calls_of(layer.name):
                 shape = (call.m, layer.k, layer.n, call.dtype, layer.bias)
                 base = table.get((*shape, str(NONE)))
-                if base is None:
-                    raise CacheError("every shape is measured", where=layer.name, got=f"no row for {shape}")
+                if base is None or base["status"] != "ok":
+                    got = f"{shape}: {'no row' if base is None else base['reason']}"
+                    raise CacheError("every shape is measured unquantized", where=layer.name, got=got)
                 row = table.get((*shape, str(scheme)))
                 if row is None or row["status"] != "ok":
                     break
-                parts[call.phase] += call.count * row["ratio"] * base["time_us"]
+                parts[call.phase] += call.count * row["ratio"] * base["baseline_us"]
             else:
                 times.update({(layer.name, scheme, phase): time for phase, time in parts.items()})
     return times

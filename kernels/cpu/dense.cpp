@@ -8,9 +8,10 @@
 namespace autoq {
 namespace {
 
-constexpr int kRows = 2;                          // of the weight, worked on together
-constexpr int kMostX = kFloats == 16 ? 12 : 4;    // rows of x likewise; two sums each stay in registers
-constexpr int64_t kChunk = 1024;                  // inputs whose weights stay in the L1 cache for all rows of x
+constexpr int kRows = 4;                       // of the weight, worked on together
+constexpr int kMostX = kFloats == 16 ? 6 : 2;  // rows of x likewise; their sums stay in registers
+constexpr int64_t kChunk = 1024;               // inputs whose weights stay in the L1 cache for all rows of x
+constexpr int64_t kLine = 32;                  // weights in a cache line
 
 template <bool kHalf>
 inline F32 load_weight(const uint16_t* p) {
@@ -18,17 +19,24 @@ inline F32 load_weight(const uint16_t* p) {
   return load_bf16(p);
 }
 
-// sums[m · kRows + r] += W[n + r, start:stop] · x[m, start:stop]; x is float, rows `stride` apart
+// sums[m · kRows + r] += W[n + r, start:stop] · x[m, start:stop]; x is float, rows `stride` apart. `fetch` the weights
+// that come next from memory.
 template <bool kHalf, int kM, int kCount>
-void add_tile(const uint16_t* w, int64_t w_stride, const float* x, int64_t stride, int64_t count, float* sums) {
+void add_tile(const uint16_t* w, int64_t w_stride, const float* x, int64_t stride, int64_t count, bool fetch, float* sums) {
   F32 acc[kM][kCount];
-  for (int i = 0; i < kM * kCount; ++i) (&acc[0][0])[i] = zero_f32();
+  for (int m = 0; m < kM; ++m) {
+    for (int r = 0; r < kCount; ++r) acc[m][r] = zero_f32();
+  }
   int64_t k = 0;
   for (; k + kFloats <= count; k += kFloats) {
+    if (fetch && k % kLine == 0) {
+      for (int r = 0; r < kCount; ++r) __builtin_prefetch(w + (r + kCount) * w_stride + k);
+    }
     F32 weight[kCount];
     for (int r = 0; r < kCount; ++r) weight[r] = load_weight<kHalf>(w + r * w_stride + k);
     for (int m = 0; m < kM; ++m) {
-      for (int r = 0; r < kCount; ++r) acc[m][r] = fma(weight[r], load_f32(x + m * stride + k), acc[m][r]);
+      const F32 x_part = load_f32(x + m * stride + k);
+      for (int r = 0; r < kCount; ++r) acc[m][r] = fma(weight[r], x_part, acc[m][r]);
     }
   }
   if (k < count) {  // what lies behind may be NaN
@@ -44,14 +52,10 @@ void add_tile(const uint16_t* w, int64_t w_stride, const float* x, int64_t strid
 }
 
 template <bool kHalf, int kM>
-void add_rows(const uint16_t* w, int64_t w_stride, const float* x, int64_t stride, int64_t count, int rows, float* sums) {
-  rows == kRows ? add_tile<kHalf, kM, kRows>(w, w_stride, x, stride, count, sums)
-                : add_tile<kHalf, kM, 1>(w, w_stride, x, stride, count, sums);
-}
-
-// Cache lines of the rows that come next
-inline void prefetch(const uint16_t* w, int64_t count) {
-  for (int64_t i = 0; i < count; i += 32) __builtin_prefetch(w + i);
+void add_rows(const uint16_t* w, int64_t w_stride, const float* x, int64_t stride, int64_t count, int rows, bool fetch,
+              float* sums) {
+  if (rows == kRows) return add_tile<kHalf, kM, kRows>(w, w_stride, x, stride, count, fetch, sums);
+  for (int r = 0; r < rows; ++r) add_tile<kHalf, kM, 1>(w + r * w_stride, w_stride, x, stride, count, fetch, sums + r);
 }
 
 template <bool kHalf>
@@ -63,18 +67,17 @@ void multiply_rows(const Packed& w, const float* x, int64_t stride, int64_t m, T
     for (int64_t start = 0; start < w.k; start += kChunk) {
       const int64_t count = std::min(kChunk, w.k - start);
       const uint16_t* part = weight + n * w.k + start;
-      for (int r = 0; r < kRows; ++r) prefetch(part + (kRows + r) * w.k, count);
       for (int64_t i = 0; i < m;) {
         const float* from = x + i * stride + start;
         float* to = sums + i * kRows;
         if (i + kMostX <= m) {
-          add_rows<kHalf, kMostX>(part, w.k, from, stride, count, rows, to);
+          add_rows<kHalf, kMostX>(part, w.k, from, stride, count, rows, i == 0, to);
           i += kMostX;
         } else if (i + 2 <= m) {
-          add_rows<kHalf, 2>(part, w.k, from, stride, count, rows, to);
+          add_rows<kHalf, 2>(part, w.k, from, stride, count, rows, i == 0, to);
           i += 2;
         } else {
-          add_rows<kHalf, 1>(part, w.k, from, stride, count, rows, to);
+          add_rows<kHalf, 1>(part, w.k, from, stride, count, rows, i == 0, to);
           i += 1;
         }
       }

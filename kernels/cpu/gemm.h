@@ -98,6 +98,9 @@ struct Bytes {
     const I16 ones = broadcast(0x00010001);
     for (int64_t s = begin; s < end; s += kSteps) {
       I16 sum[kM][kVectors];
+      for (int m = 0; m < kM; ++m) {
+        for (int v = 0; v < kVectors; ++v) sum[m][v] = zero_i32();
+      }
       for (int i = 0; i < kSteps; ++i) {
         I16 w[kVectors];
         for (int v = 0; v < kVectors; ++v) {
@@ -105,10 +108,7 @@ struct Bytes {
         }
         for (int m = 0; m < kM; ++m) {
           const I16 x = broadcast(dword(t.x + m * t.x_stride + 4 * (s + i)));
-          for (int v = 0; v < kVectors; ++v) {
-            const I16 pairs = pairs8(w[v], x);
-            sum[m][v] = i == 0 ? pairs : add_i16(sum[m][v], pairs);
-          }
+          for (int v = 0; v < kVectors; ++v) sum[m][v] = add_pairs8(sum[m][v], w[v], x);
         }
       }
       for (int m = 0; m < kM; ++m) {

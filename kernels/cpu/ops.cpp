@@ -112,7 +112,7 @@ void run_codes(const Packed& w, Typed x, int64_t m, Typed bias, Typed y) {
 
 // Multiplies a dense weight with few rows of x.
 void run_dense(const Packed& w, Typed x, int64_t m, Typed bias, Typed y) {
-  constexpr int64_t kUnit = 4;  // rows of the weight
+  constexpr int64_t kUnit = 4;  // rows of the weight, worked on together
   thread_local Scratch<float> scratch;
   const int64_t stride = round_up(w.k, 16) + 16;
   float* rows = scratch.reserve(m * stride);

@@ -29,6 +29,7 @@ _FEATURES: dict[Isa, tuple[str, ...]] = {
     "portable": (),
 }
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-psabi")
+_FLAGS += ("-Wno-maybe-uninitialized",)  # GCC 12 warns of its own AVX-512 header
 
 
 class KernelBuildError(RuntimeError):

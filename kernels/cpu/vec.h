@@ -8,7 +8,7 @@
 //   madd(acc, a, b)    acc[j] + a[2j]·b[2j] + a[2j+1]·b[2j+1], int16 into int32
 //   transpose_dwords   8 dwords of each of kFloats rows, turned into 8 vectors
 //   dot8(acc, a, b)    acc[j] + Σ a[4j+i]·b[4j+i], a unsigned, b signed bytes (AUTOQ_DOT8 only)
-//   pairs8(a, b)       a[2j]·b[2j] + a[2j+1]·b[2j+1] as saturating int16 (AUTOQ_PAIRS8 only)
+//   add_pairs8(acc, a, b)  acc[j] + a[2j]·b[2j] + a[2j+1]·b[2j+1], the same in int16 (AUTOQ_PAIRS8 only)
 #pragma once
 
 #include <cstdint>

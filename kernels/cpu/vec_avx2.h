@@ -19,17 +19,17 @@ inline void store_i32(int32_t* p, I32 v) { _mm256_storeu_si256(reinterpret_cast<
 inline I32 zero_i32() { return _mm256_setzero_si256(); }
 inline I32 broadcast(int32_t dword) { return _mm256_set1_epi32(dword); }
 
-#ifdef AUTOQ_AVXVNNI
-inline I32 madd(I32 acc, I16 a, I16 b) { return _mm256_dpwssd_avx_epi32(acc, a, b); }
-inline I32 dot8(I32 acc, I32 a, I32 b) { return _mm256_dpbusd_avx_epi32(acc, a, b); }
-#else
-inline I32 madd(I32 acc, I16 a, I16 b) {
-  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
-  asm volatile("" : "+x"(acc));  // in this order: GCC would make all products of a tile first, and spill sums for them
+// Keeps a sum in its register: GCC 12 would make all products of a tile first, copy its sums, and spill some.
+inline I32 in_place(I32 acc) {
+  asm volatile("" : "+x"(acc));
   return acc;
 }
-inline I16 pairs8(I32 a, I32 b) { return _mm256_maddubs_epi16(a, b); }
-inline I16 add_i16(I16 a, I16 b) { return _mm256_add_epi16(a, b); }
+#ifdef AUTOQ_AVXVNNI
+inline I32 madd(I32 acc, I16 a, I16 b) { return in_place(_mm256_dpwssd_avx_epi32(acc, a, b)); }
+inline I32 dot8(I32 acc, I32 a, I32 b) { return in_place(_mm256_dpbusd_avx_epi32(acc, a, b)); }
+#else
+inline I32 madd(I32 acc, I16 a, I16 b) { return in_place(_mm256_add_epi32(acc, _mm256_madd_epi16(a, b))); }
+inline I16 add_pairs8(I16 acc, I32 a, I32 b) { return in_place(_mm256_add_epi16(acc, _mm256_maddubs_epi16(a, b))); }
 #endif
 
 inline I32 sub_i32(I32 a, I32 b) { return _mm256_sub_epi32(a, b); }

@@ -19,8 +19,16 @@ inline I32 load_i32(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline void store_i32(int32_t* p, I32 v) { _mm512_storeu_si512(p, v); }
 inline I32 zero_i32() { return _mm512_setzero_si512(); }
 inline I32 broadcast(int32_t dword) { return _mm512_set1_epi32(dword); }
-inline I32 madd(I32 acc, I16 a, I16 b) { return _mm512_dpwssd_epi32(acc, a, b); }
-inline I32 dot8(I32 acc, I32 a, I32 b) { return _mm512_dpbusd_epi32(acc, a, b); }
+
+// Keeps a sum in its register: GCC 12 would copy the sums of a tile back and forth, and spill some.
+inline I32 in_place(I32 acc) {
+#ifndef AUTOQ_EMULATION
+  asm volatile("" : "+v"(acc));
+#endif
+  return acc;
+}
+inline I32 madd(I32 acc, I16 a, I16 b) { return in_place(_mm512_dpwssd_epi32(acc, a, b)); }
+inline I32 dot8(I32 acc, I32 a, I32 b) { return in_place(_mm512_dpbusd_epi32(acc, a, b)); }
 
 inline I32 sub_i32(I32 a, I32 b) { return _mm512_sub_epi32(a, b); }
 inline F32 zero_f32() { return _mm512_setzero_ps(); }
