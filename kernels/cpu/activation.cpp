@@ -112,7 +112,7 @@ float round_block(const float* x, int64_t count, bool interleaved, float inverse
 
 void round_row_to_int16(const float* row, int64_t m, const Activation& a) {
   int16_t* high = static_cast<int16_t*>(a.values) + m * a.stride;
-  int16_t* low = high + a.m * a.stride;
+  int16_t* low = high + a.plane_stride;
   float* sums = a.block_sum ? a.block_sum + m * a.sum_stride : nullptr;
   if (sums) std::fill_n(sums + a.blocks, a.sum_stride - a.blocks, 0.0f);
   for (int64_t b = 0; b < a.blocks; ++b) {
@@ -224,6 +224,7 @@ void place(const Packed& w, void* memory, Activation& a) {
   const Sizes size(w, a);
   char* at = static_cast<char*>(memory);
   a.values = at;
+  a.plane_stride = a.m * a.stride;
   a.scale = reinterpret_cast<float*>(at + size.values);
   a.block_sum = size.block_sum ? reinterpret_cast<float*>(at + size.values + size.scale) : nullptr;
   a.row_sum = size.row_sum ? reinterpret_cast<int32_t*>(at + size.values + size.scale + size.block_sum) : nullptr;

@@ -163,7 +163,7 @@ def sinkhorn(weight: Tensor, group_size: int, iterations: int) -> Tensor | None:
 @functools.cache
 def _load_best(folder: Path, compiler: str | None) -> BuildStatus:
     reasons: list[str] = []
-    for isa in dict.fromkeys((best_isa(), cast(Isa, "portable"))):
+    for isa in toolchain.usable_isas():
         try:
             built = _load_one(isa, folder, compiler)
         except KernelBuildError as error:
@@ -196,6 +196,7 @@ def _ensure_built(isa: Isa, folder: Path, compiler: toolchain.Compiler) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(library.with_suffix(".lock")):
             if not _intact(library):
+                _refuse_known(library)
                 _build(isa, key, library, compiler)
     except OSError as error:
         raise KernelBuildError(f"the kernel cache {folder} cannot be used: {error}") from error
@@ -207,11 +208,28 @@ def _build(isa: Isa, key: dict[str, str], library: Path, compiler: toolchain.Com
         made = toolchain.compile_library(isa, compiler, Path(scratch))
         broken = probe.failure(made, f"autoq_{isa}")
         if broken is not None:
-            raise KernelBuildError(f"the {isa} kernels compiled but do not work: {broken}")
+            reason = f"the {isa} kernels compiled but do not work: {broken.reason}"
+            if broken.lasting:
+                _write_failure(library, reason)
+            raise KernelBuildError(reason)
         record = made.with_suffix(".json")
         record.write_text(json.dumps({"key": key, "sha256": _sha256(made)}, indent=1))
         made.replace(library)  # the record last: a library without its record is built anew
         record.replace(library.with_suffix(".json"))
+
+
+def _write_failure(library: Path, reason: str) -> None:
+    """Keep why a build does not work, so that not every process compiles it again to find out."""
+    part = library.with_suffix(".part")
+    part.write_text(reason)
+    part.replace(library.with_suffix(".failed"))
+
+
+def _refuse_known(library: Path) -> None:
+    """Raise what an earlier process found out about this build."""
+    record = library.with_suffix(".failed")
+    if record.exists():
+        raise KernelBuildError(f"{record.read_text()} (found out before; delete {record} to try again)")
 
 
 def _intact(library: Path) -> bool:

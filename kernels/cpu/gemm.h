@@ -272,7 +272,7 @@ class Gemm {
     Tile t{};
     t.x = a_.raw(m) + start * (Steps::kBytes ? 1 : 2);
     t.x_stride = row_bytes_;
-    t.plane_stride = a_.m * row_bytes_;
+    t.plane_stride = 2 * a_.plane_stride;
     t.x_scale = Steps::kBytes ? nullptr : a_.scale + m * a_.blocks + block;
     t.scale_stride = a_.blocks;
     t.x_sum = Rows::kGrouped ? a_.block_sum + m * a_.sum_stride + block : nullptr;

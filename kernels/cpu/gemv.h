@@ -1,4 +1,4 @@
-// One to four rows of x: the weight is read once, in order, and each block of codes multiplied as it is decoded.
+// A few rows of x: the weight is read once, in order, and each block of codes multiplied as it is decoded.
 #pragma once
 
 #include <algorithm>
@@ -69,14 +69,14 @@ inline __attribute__((always_inline)) void add_products(const Rows& rows, const 
     }
     I16 x_part[kPlanes][kParts];
     for (int p = 0; p < kPlanes && kM == 1; ++p) {
-      for (int j = 0; j < kParts; ++j) x_part[p][j] = load_i16(x + p * a.stride + i * kBlock + j * kShorts);
+      for (int j = 0; j < kParts; ++j) x_part[p][j] = load_i16(x + p * a.plane_stride + i * kBlock + j * kShorts);
     }
     for (int r = 0; r < kRows; ++r) {
       const Block q = rows(r, i);
       for (int m = 0; m < kM; ++m) {
         for (int p = 0; p < kPlanes; ++p) {
           for (int j = 0; j < kParts; ++j) {
-            const I16 v = kM == 1 ? x_part[p][j] : load_i16(x + (p * kM + m) * a.stride + i * kBlock + j * kShorts);
+            const I16 v = kM == 1 ? x_part[p][j] : load_i16(x + p * a.plane_stride + m * a.stride + i * kBlock + j * kShorts);
             acc[m][r][p] = madd(acc[m][r][p], q.part[j], v);
           }
         }

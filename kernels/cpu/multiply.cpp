@@ -3,14 +3,13 @@
 
 namespace autoq {
 
-int64_t row_unit(const Activation& a) { return a.m <= kFewRows && !a.bytes ? kMostRows : kN; }
+int64_t row_unit(const Activation& a) { return a.m <= kFewRows && !a.bytes ? kCachedRows : kN; }
 
 void multiply(const Packed& w, const Activation& a, Typed bias, Typed y, int64_t begin, int64_t end) {
   if (w.affine()) return multiply_affine(w, a, bias, y, begin, end);
 #ifdef AUTOQ_DOT8
   if (a.bytes) return Gemm<Int8Rows, Bytes, 1, true>(w, a, bias, y).run(begin, end);
 #endif
-  if (a.per_row && a.m > kFewRows) return Gemm<Int8Rows, Shorts, 1, true>(w, a, bias, y).run(begin, end);
   switch (w.kind) {
     case Kind::kFp6E3M2: return multiply_rows<Fp6Rows<Kind::kFp6E3M2>>(w, a, bias, y, begin, end);
     case Kind::kFp6E2M3: return multiply_rows<Fp6Rows<Kind::kFp6E2M3>>(w, a, bias, y, begin, end);

@@ -42,12 +42,13 @@ struct Packed {
 // Returns null, or the rule that is broken.
 const char* parse(const uint8_t* head, int64_t available, Packed* packed);
 
-constexpr int64_t kFewRows = 4;  // up to here rows of x meet rows of the weight one by one, from memory
+constexpr int64_t kFewRows = 8;  // up to here rows of x meet rows of the weight one by one, as these come from memory
 
 // x [M, K] rounded to integers: one or two int16 planes with a scale per row and block, or int8 with one per row.
 struct Activation {
   int64_t m, k_padded;     // k_padded: a multiple of 32; the pads are zero
   int64_t stride;          // values from one row to the next
+  int64_t plane_stride;    // and from one plane to the next
   int64_t block, blocks;   // inputs whose products are summed as whole numbers, and how many times that many
   bool interleaved;        // the order of inputs within 32, see Block in decode.h
   bool dynamic;            // x is rounded to int8 levels per row

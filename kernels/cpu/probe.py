@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ GROUP_SIZE = 32
 M_SWITCH = 8  # of the mixes: between two of ROWS
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-4, torch.bfloat16: 3e-3}  # relative RMS
 _SECONDS = 300
+_OWN_FAULT = (signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP)
 
 
 def sample_weights(n: int = N, k: int = K, group_size: int = GROUP_SIZE) -> dict[str, Tensor]:
@@ -97,7 +99,19 @@ def wrong_results(namespace: str) -> list[str]:
     return wrong
 
 
-def failure(library: Path, namespace: str) -> str | None:
+class Failure(NamedTuple):
+    """What is wrong with a build.
+
+    Attributes:
+        reason: in words.
+        lasting: whether it will be so again: not for a child that could not start or ran out of time or memory.
+    """
+
+    reason: str
+    lasting: bool
+
+
+def failure(library: Path, namespace: str) -> Failure | None:
     """Try a build in a child process, which a wrong instruction may kill.
 
     Args:
@@ -118,9 +132,10 @@ def failure(library: Path, namespace: str) -> str | None:
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"the probe did not run: {error}"
+        return Failure(f"the probe did not run: {error}", lasting=False)
     if child.returncode == 0:
         return None
     if child.returncode < 0:
-        return f"the probe was killed by {signal.Signals(-child.returncode).name}"
-    return f"the probe failed: {child.stderr[-2000:].strip()}"
+        killer = signal.Signals(-child.returncode)
+        return Failure(f"the probe was killed by {killer.name}", lasting=killer in _OWN_FAULT)
+    return Failure(f"the probe failed: {child.stderr[-2000:].strip()}", lasting=True)

@@ -63,10 +63,15 @@ def find_compiler(name: str | None) -> Compiler:
     return Compiler(path=path, version=version)
 
 
-def best_isa() -> Isa:
-    """The widest instruction set that the kernels are written for and this processor has."""
+def usable_isas() -> tuple[Isa, ...]:
+    """The instruction sets that the kernels are written for and this processor has, the widest first."""
     present = _cpu_features()
-    return next(isa for isa, needed in _FEATURES.items() if present.issuperset(needed))
+    return tuple(isa for isa, needed in _FEATURES.items() if present.issuperset(needed))
+
+
+def best_isa() -> Isa:
+    """The widest of `usable_isas`."""
+    return usable_isas()[0]
 
 
 def missing_features(isa: Isa) -> tuple[str, ...]:

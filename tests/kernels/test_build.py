@@ -149,13 +149,18 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path):
 
 
 def test_an_illegal_instruction_kills_the_probe_only(trap):
-    assert "SIGILL" in probe.failure(trap, "autoq_trap")
+    assert probe.failure(trap, "autoq_trap") == ("the probe was killed by SIGILL", True)
 
 
 def test_an_illegal_instruction_is_an_error_where_the_instruction_set_was_asked_for(tmp_path, scripted):
+    cache, compiler = tmp_path / "cache", scripted("portable")
     with pytest.raises(build.KernelBuildError, match="SIGILL"):
-        build.load("portable", cache_dir=tmp_path / "cache", compiler=scripted("portable"))
-    assert not list((tmp_path / "cache").glob("*.so"))
+        build.load("portable", cache_dir=cache, compiler=compiler)
+    assert not list(cache.glob("*.so"))
+    assert (tmp_path / "links.log").read_text() == "link\n"
+    with pytest.raises(build.KernelBuildError, match=r"SIGILL \(found out before; delete .*\.failed to try again\)"):
+        build.load("portable", cache_dir=cache, compiler=compiler)
+    assert (tmp_path / "links.log").read_text() == "link\n"  # not compiled again
 
 
 @pytest.mark.parametrize("trapping", ["avx*", "*"])
@@ -172,10 +177,11 @@ def test_after_an_illegal_instruction_the_next_best_runs_and_the_reason_is_told(
 
 
 def test_a_build_with_wrong_results_is_not_used(monkeypatch, tmp_path, copying):
-    monkeypatch.setattr(probe, "failure", lambda library, namespace: "linear of int4: relative error 1")
-    with pytest.raises(build.KernelBuildError, match="do not work: linear of int4"):
+    monkeypatch.setattr(probe, "failure", lambda library, namespace: probe.Failure("linear of int4: wrong", False))
+    with pytest.raises(build.KernelBuildError, match="do not work: linear of int4: wrong"):
         ensure(tmp_path)
     assert not list(tmp_path.glob("*.so"))
+    assert not list(tmp_path.glob("*.failed"))  # what may go by is not kept
 
 
 def test_the_probe_sees_a_wrong_result(monkeypatch, ready):

@@ -13,7 +13,7 @@ from autoq_kernels.layout import Kind
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-4, torch.bfloat16: 3e-3}  # relative RMS
 SHAPES = [(1, 1), (5, 33), (1, 576), (37, 96), (130, 520)]  # (N, K)
 NO_ACCESS = 0  # PROT_NONE
-ROWS = (1, 2, 3, 7, 16, 17, 33, 65, 257)
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 65, 257)
 
 
 def limit(dtype, count):
@@ -237,6 +237,6 @@ def test_kernel_names_say_what_runs(operators, isa):
     bytes_ = "int8" if isa.startswith(("avx512", "avxvnni")) else "int16"
     assert name("int8dq", 64, torch.float32) == f"{isa}.int8dq.gemm.{bytes_}"
     assert name("int4dq", 64, torch.bfloat16) == f"{isa}.int4dq.gemm.{nibbles}"
-    assert name("int8mix", 7, torch.bfloat16) == f"{isa}.int8wo.gemm.int16"
-    assert name("int8mix", 8, torch.bfloat16) == f"{isa}.int8dq.gemm.{bytes_}"
+    assert name("int8mix", 7, torch.bfloat16) == f"{isa}.int8wo.gemv"
+    assert name("int8mix", 8, torch.bfloat16) == f"{isa}.int8dq.gemv"
     assert name("fp6_e3m2", 512, torch.float32) == f"{isa}.fp6_e3m2.dequantize+gemm.fp32"
