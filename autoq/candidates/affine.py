@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from autoq import numerics
-from autoq.candidates.base import Candidate, Packed, for_row_chunks, padded, plus_bias, section
+from autoq.candidates.base import Candidate, Packed, compiled, for_row_chunks, padded, plus_bias, section
 from autoq_kernels import layout
-from autoq_kernels.cpu import build
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -50,30 +49,28 @@ class AffineCandidate(Candidate):
         return None
 
     def _pack(self, w_NK: Tensor) -> Tensor:
-        n, k = w_NK.shape
         column_K = self._column_scale(w_NK)
-        if w_NK.device.type == "cpu":
-            data: Tensor = layout.allocate(
-                kind=layout.Kind.AFFINE,
-                bits=self._code_bits,
-                n=n,
-                k=k,
-                group_size=self.group_size,
-                activation_bits=self.activation_bits,
-                m_switch=self.m_switch,
-                has_column_scale=column_K is not None,
-            )
-            if build.quantize(
-                w_NK,
-                data,
-                method=self._method,
-                column_scale=column_K,
-                beta=numerics.HQQ_BETA,
-                kappa=numerics.HQQ_KAPPA,
-                iterations=numerics.HQQ_ITERATIONS,
-            ):
-                return data
-        return self._pack_by_chunks(w_NK, column_K)
+        data = compiled(
+            w_NK,
+            self._header | {"has_column_scale": column_K is not None},
+            method=self._method,
+            column_scale=column_K,
+            beta=numerics.HQQ_BETA,
+            kappa=numerics.HQQ_KAPPA,
+            iterations=numerics.HQQ_ITERATIONS,
+        )
+        return self._pack_by_chunks(w_NK, column_K) if data is None else data
+
+    @property
+    def _header(self) -> dict[str, Any]:
+        """What the header says besides the shape."""
+        return {
+            "kind": layout.Kind.AFFINE,
+            "bits": self._code_bits,
+            "group_size": self.group_size,
+            "activation_bits": self.activation_bits,
+            "m_switch": self.m_switch,
+        }
 
     def _pack_by_chunks(self, w_NK: Tensor, column_K: Tensor | None) -> Tensor:
         """:meth:`_pack` with torch alone."""
@@ -91,8 +88,6 @@ class AffineCandidate(Candidate):
 
         for_row_chunks(w_NK, pack_rows)
         data: Tensor = layout.build(
-            kind=layout.Kind.AFFINE,
-            bits=self._code_bits,
             n=n,
             k=k,
             codes=codes,
@@ -100,9 +95,7 @@ class AffineCandidate(Candidate):
             minimum=minimum,
             row_scale=row_N,
             column_scale=column_K,
-            group_size=self.group_size,
-            activation_bits=self.activation_bits,
-            m_switch=self.m_switch,
+            **self._header,
         )
         return data
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -239,6 +239,23 @@ def _rows(data: Tensor) -> int:
 def _part(data: Tensor, name: str) -> Tensor | None:
     parts: dict[str, Tensor] = layout.sections(data)
     return parts.get(name)
+
+
+def compiled(w_NK: Tensor, form: Mapping[str, Any], **how: Any) -> Tensor | None:
+    """The buffer of a quantized weight, filled by the compiled kernels; None on other devices and without a build.
+
+    Args:
+        w_NK: the weight.
+        form: what ``layout.allocate`` is given besides the shape.
+        how: what ``build.quantize`` is given besides weight and buffer.
+    """
+    from autoq_kernels.cpu import build
+
+    if w_NK.device.type != "cpu" or not load_cpu_kernels():
+        return None
+    n, k = w_NK.shape
+    data: Tensor = layout.allocate(n=n, k=k, **form)
+    return data if build.quantize(w_NK, data, **how) else None
 
 
 def for_row_chunks(w_NK: Tensor, work: Callable[[slice, Tensor], None]) -> None:

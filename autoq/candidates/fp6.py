@@ -14,13 +14,13 @@ from autoq.candidates.base import (
     Candidate,
     Packed,
     check_field,
+    compiled,
     for_row_chunks,
     padded,
     plus_bias,
     section,
 )
 from autoq_kernels import layout
-from autoq_kernels.cpu import build
 
 FORMATS = ("e3m2", "e2m3")
 
@@ -50,12 +50,8 @@ class Fp6(Candidate):
         return layout.Kind.FP6_E3M2 if self.format == "e3m2" else layout.Kind.FP6_E2M3
 
     def _pack(self, w_NK: Tensor) -> Tensor:
-        n, k = w_NK.shape
-        if w_NK.device.type == "cpu":
-            data: Tensor = layout.allocate(kind=self._kind, bits=6, n=n, k=k)
-            if build.quantize(w_NK, data):
-                return data
-        return self._pack_by_chunks(w_NK)
+        data = compiled(w_NK, {"kind": self._kind, "bits": 6})
+        return self._pack_by_chunks(w_NK) if data is None else data
 
     def _pack_by_chunks(self, w_NK: Tensor) -> Tensor:
         """:meth:`_pack` with torch alone."""

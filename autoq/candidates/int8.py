@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from autoq import numerics
-from autoq.candidates.base import Candidate, LinearOp, Packed, for_row_chunks, plus_bias, rounded_rows, section
+from autoq.candidates.base import (
+    Candidate,
+    LinearOp,
+    Packed,
+    compiled,
+    for_row_chunks,
+    plus_bias,
+    rounded_rows,
+    section,
+)
 from autoq_kernels import layout
-from autoq_kernels.cpu import build
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,14 +29,18 @@ class Int8WeightOnly(Candidate):
     key: ClassVar[str] = "int8wo"
 
     def _pack(self, w_NK: Tensor) -> Tensor:
-        n, k = w_NK.shape
-        if w_NK.device.type == "cpu":
-            data: Tensor = layout.allocate(
-                kind=layout.Kind.INT8, bits=8, n=n, k=k, activation_bits=self.activation_bits, m_switch=self.m_switch
-            )
-            if build.quantize(w_NK, data):
-                return data
-        return self._pack_by_chunks(w_NK)
+        data = compiled(w_NK, self._header)
+        return self._pack_by_chunks(w_NK) if data is None else data
+
+    @property
+    def _header(self) -> dict[str, Any]:
+        """What the header says besides the shape."""
+        return {
+            "kind": layout.Kind.INT8,
+            "bits": 8,
+            "activation_bits": self.activation_bits,
+            "m_switch": self.m_switch,
+        }
 
     def _pack_by_chunks(self, w_NK: Tensor) -> Tensor:
         """:meth:`_pack` with torch alone."""
@@ -40,16 +52,7 @@ class Int8WeightOnly(Candidate):
             codes_NK[rows], scale_N[rows] = numerics.int8_rows(w_RK)
 
         for_row_chunks(w_NK, pack_rows)
-        data: Tensor = layout.build(
-            kind=layout.Kind.INT8,
-            bits=8,
-            n=n,
-            k=k,
-            codes=codes_NK,
-            scale=scale_N,
-            activation_bits=self.activation_bits,
-            m_switch=self.m_switch,
-        )
+        data: Tensor = layout.build(n=n, k=k, codes=codes_NK, scale=scale_N, **self._header)
         return data
 
     def unpack(self, p: Packed) -> Tensor:
