@@ -63,7 +63,13 @@ def _gpu() -> Fact:
 
     if not torch.cuda.is_available():
         return Fact(name="GPU", value="none that torch can use")
-    return Fact(name="GPU", value=Fingerprint.current("cuda").name)
+    from autoq.candidates.base import load_cuda_kernels
+
+    name = Fingerprint.current("cuda").name
+    if not load_cuda_kernels():
+        advice = "Install triton, in the version that torch names; without it quantized layers are slow on the GPU."
+        return Fact(name="GPU", value=f"{name}, no kernels of autoq", advice=advice)
+    return Fact(name="GPU", value=f"{name}, Triton kernels")
 
 
 def _compiler() -> Fact:

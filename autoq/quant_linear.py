@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from autoq import candidates
 from autoq.candidates import Candidate, Packed
-from autoq.candidates.base import load_cpu_kernels
+from autoq.candidates.base import load_kernels
 from autoq.errors import AutoqError, CheckpointError, ModelError
 from autoq_kernels import layout
 from autoq_kernels.cpu.memory import use_large_pages
@@ -111,8 +111,7 @@ class QuantLinear(nn.Module):
         self._set_buffer(data if self.packed.is_meta else data.to(self.packed.device))
 
     def _set_buffer(self, data: Tensor) -> None:
-        if data.device.type == "cpu":
-            load_cpu_kernels()
+        load_kernels(data.device)
         self.register_buffer("packed", data, persistent=False)
         # Of the same storage, but no autograd view: Dynamo would guard on a view's base and so on the scheme's size.
         # A buffer too, because CUDA graphs copy inputs that are no buffers, and the copy would hold 128 bytes.

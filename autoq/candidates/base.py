@@ -6,6 +6,7 @@ Legend: N output features, K input features, M rows of the activation.
 from __future__ import annotations
 
 import functools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from autoq.errors import CandidateError
 from autoq.scheme import Scheme, Value
 from autoq_kernels import layout
 
+_log = logging.getLogger(__name__)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda")
 BLOCK = 32  # consecutive codes of a row that the bit planes interleave
@@ -197,8 +199,8 @@ class Candidate(ABC):
         Returns:
             ``[..., N]`` in x's dtype.
         """
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            load_cpu_kernels()
+        if not torch.compiler.is_compiling():
+            load_kernels(x.device)
         result: Tensor = torch.ops.autoq.linear(x, p.head, bias, _rows(p.data))
         return result
 
@@ -216,6 +218,29 @@ class Candidate(ABC):
     @abstractmethod
     def weight_bytes_for(self, n: int, k: int) -> int:
         """What :meth:`weight_bytes` of an ``[n, k]`` weight will be, without packing it."""
+
+
+def load_kernels(device: torch.device) -> bool:
+    """Register the kernels of a device over the operators' default, if there are any that work; True if so."""
+    if device.type == "cpu":
+        return load_cpu_kernels()
+    return device.type == "cuda" and load_cuda_kernels()
+
+
+@functools.cache
+def load_cuda_kernels() -> bool:
+    """Register the Triton kernels; compiled when they first run.
+
+    Returns:
+        Whether there are any: False where Triton is not installed, which is logged.
+    """
+    try:
+        from autoq_kernels.triton import register
+    except ImportError as problem:
+        _log.warning("no Triton kernels, quantized layers run on PyTorch's own operators on GPUs: %s", problem)
+        return False
+    registered: bool = register.load().registered
+    return registered
 
 
 @functools.cache

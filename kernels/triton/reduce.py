@@ -56,8 +56,8 @@ def add_parts(
     BLOCK_N: tl.constexpr,
 ):
     """Y [M, N] from parts [S, M, N], added in order."""
-    row = tl.program_id(1)
-    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(0)
+    outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tl.minimum(outputs, n - 1)
     at = tl.cast(row, tl.int64) * n + inside
     total = tl.load(parts + at)
@@ -74,7 +74,7 @@ def launch(
     parts, m, n = parts_SMN.shape
     return Launch(
         kernel=add_parts,
-        grid=(-(-n // _BLOCK_N), m, 1),
+        grid=(m, -(-n // _BLOCK_N), 1),
         arguments={
             "parts": parts_SMN,
             "head": weight.head,

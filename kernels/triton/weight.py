@@ -15,6 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from autoq_kernels import layout
 
+_ALIGNMENT = 16  # bytes; what a thread loads at a time
+
 
 class Weight(NamedTuple):
     """A packed weight.
@@ -47,7 +49,7 @@ class Weights:
                 change: another weight comes in a tensor of its own.
 
         Raises:
-            layout.LayoutError: not a packed weight, or a view with nothing behind it.
+            layout.LayoutError: not a packed weight, not aligned, or a view with nothing behind it.
             RuntimeError: its first use is inside the recording of a CUDA graph.
         """
         storage = head.untyped_storage()
@@ -81,6 +83,10 @@ def _read(head: Tensor) -> _Known:
     if head.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "autoq: a packed weight's first use cannot be inside a CUDA graph; run the model once before"
+        )
+    if head.data_ptr() % _ALIGNMENT:
+        raise layout.LayoutError(
+            f"a packed weight on a GPU starts at a multiple of {_ALIGNMENT} bytes; got {head.data_ptr():#x}"
         )
     data = layout.buffer(head)
     form = layout.header(data)
