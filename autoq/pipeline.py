@@ -166,8 +166,8 @@ class Tuning:
         self.batches = self._batches(batches, phases)
         self.phases = phases if phases is not None else self._default_phases()
         folder = settings.cache_dir or default_folder()
-        device = next((p.device.type for p in self.model.parameters()), "cpu")
-        self.fingerprint = Fingerprint.current(device)
+        self.device = str(next((p.device for p in self.model.parameters()), "cpu"))
+        self.fingerprint = Fingerprint.current(self.device)
         self.profiles = ProfileCache(folder, self.fingerprint)
         self.folder = folder
 
@@ -370,6 +370,7 @@ class Tuning:
             self.workload,
             self.settings.candidates,
             device_key=self.fingerprint.key,
+            device=self.device,
             known=self.profiles.rows(),
             keep=self.profiles.append,
             progress=lambda text, done, total: self.say("profile", text, done, total),

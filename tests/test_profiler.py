@@ -1,16 +1,22 @@
 import itertools
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from autoq import candidates
+from autoq.cache import Fingerprint
 from autoq.candidates import Candidate
 from autoq.errors import CacheError, InputError
 from autoq.profiler import EndToEnd, Timing, fit_latency, interleaved, isolated_times, profile, shapes_of
+from autoq.profiler import end_to_end as end_to_end_module
+from autoq.profiler import gpu as gpu_module
 from autoq.profiler import isolated as isolated_module
-from autoq.profiler.end_to_end import UNQUANTIZED, repeated_blocks
+from autoq.profiler.end_to_end import UNQUANTIZED, device_wait, repeated_blocks
+from autoq.profiler.gpu import Gpu, bandwidth_gb_s
 from autoq.scheme import Scheme
 from autoq.shadow import PackedStore
 from autoq.workload import LayerInfo, LinearCall, Phase, PhaseInfo, Workload
@@ -255,3 +261,140 @@ def test_blocks_are_the_longest_list_of_one_class():
     model = Stack()
     assert repeated_blocks(model) == list(model.blocks)
     assert repeated_blocks(nn.Sequential(nn.Linear(2, 2))) == []
+
+
+class FakeKernels:
+    """Stands for ``autoq_kernels.triton.register``: the calls in order, and a kernel's name for each tuned product."""
+
+    def __init__(self, broken=()):
+        self.calls = []
+        self.names = {}
+        self.broken = broken
+
+    def weights(self):
+        return SimpleNamespace(of=lambda head: head)
+
+    def tuner(self, device):
+        assert device == torch.device("cpu")
+        return self
+
+    def tune(self, head, m, dtype, *, budget_s):
+        self.calls.append(f"tune {m}")
+        if m in self.broken:
+            raise RuntimeError("no choice works")
+        self.names[head.data_ptr(), m, dtype] = f"triton.gemv m{m}"
+
+    def kernel_name(self, head, m, dtype):
+        return self.names[head.data_ptr(), m, dtype]
+
+    def time(self, functions, *, budget_s, device):
+        for function in functions.values():
+            function()
+        self.calls.append(f"time {' '.join(name or 'stock' for name in functions)}")
+        if "copy" in functions:  # 1 GB/s is 1000 bytes a µs
+            return {"sum": [bytes_moved() / 2e6, math.inf, 0.0], "copy": [2 * bytes_moved() / 3e6] * 3}
+        return {name: [10.0, 12.0, 11.0, 500.0, 9.0] if name else [40.0] * 5 for name in functions}
+
+
+def bytes_moved():
+    return gpu_module._BANDWIDTH_BYTES
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A GPU whose tensors lie on the CPU, where the stand-in for its kernels is the CPU's."""
+    fake = FakeKernels()
+    monkeypatch.setattr(gpu_module, "_BANDWIDTH_BYTES", 1 << 12)
+    monkeypatch.setattr(isolated_module, "_device", lambda name: Gpu(torch.device("cpu"), kernels=fake, time=fake.time))
+    return fake
+
+
+def test_on_a_gpu_every_product_is_tuned_then_timed_and_the_row_names_what_ran(kernels):
+    rows = profile(workload(), [INT8], device_key="gpu", device="cuda")
+    one_shape = lambda m: [f"tune {m}", "time sum copy", "time stock int8wo"]  # noqa: E731
+    assert kernels.calls == [*one_shape(1), *one_shape(16)]
+    for row in rows:
+        assert row["kernel"] == f"triton.gemv m{row['m']}"
+        assert (row["status"], row["time_us"], row["baseline_us"], row["ratio"]) == ("ok", 11.0, 40.0, 0.275)
+        assert row["repeats"] == 5
+        assert row["bandwidth_gb_s"] == pytest.approx(3000)
+        assert row["error"] < isolated_module.TOLERANCE[torch.bfloat16]
+
+
+def test_on_a_gpu_a_product_that_cannot_be_tuned_is_a_row_with_the_reason(kernels):
+    kernels.broken = (16,)
+    rows = profile(workload(), [INT8], device_key="gpu", device="cuda")
+    found = {row["m"]: (row["status"], row["reason"]) for row in rows}
+    assert found == {1: ("ok", ""), 16: ("error", "RuntimeError: no choice works")}
+
+
+def test_on_a_gpu_without_triton_the_plain_operators_are_timed_under_their_name(monkeypatch):
+    monkeypatch.setattr(gpu_module, "load_cuda_kernels", lambda: False)
+    monkeypatch.setattr(isolated_module, "_device", lambda name: Gpu(torch.device("cpu"), time=FakeKernels().time))
+    rows = profile(workload(), [INT8], device_key="gpu", device="cuda")
+    assert [(row["status"], row["kernel"]) for row in rows] == 2 * [("ok", "default")]
+
+
+@pytest.mark.parametrize("broken", [2.0, math.nan])
+def test_every_repeat_of_a_tall_weight_is_checked(monkeypatch, broken):
+    """A weight is packed in part and repeated: a kernel that is wrong in one repeat alone is still found."""
+    monkeypatch.setattr(isolated_module, "_PACKED_ROWS", 16)
+
+    class WrongAtTheEnd(type(INT8)):
+        key = "wrong-at-the-end"
+
+        def linear(self, x, p, bias=None):
+            y = super().linear(x, p, bias)
+            y[:, 17] *= broken
+            return y
+
+    good, bad = profile(workload(("decode",)), [INT8, WrongAtTheEnd()], device_key="here")
+    assert (good["status"], bad["status"]) == ("ok", "wrong")
+
+
+def test_bandwidth_is_the_better_of_a_sum_and_a_copy(monkeypatch):
+    monkeypatch.setattr(gpu_module, "_BANDWIDTH_BYTES", 4000)
+
+    def times(sum_us, copy_us):
+        return lambda functions, **how: {"sum": [sum_us], "copy": [copy_us]}
+
+    assert bandwidth_gb_s("cpu", time=times(2.0, 8.0)) == 2.0  # 4000 bytes in 2 µs
+    assert bandwidth_gb_s("cpu", time=times(9.0, 1.0)) == 8.0  # read and written
+
+
+def test_a_pass_on_a_gpu_is_timed_until_the_device_is_done(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(f"wait {device}"))
+    place = lambda kind, index=None: SimpleNamespace(device=SimpleNamespace(type=kind, index=index))  # noqa: E731
+    model = lambda *parameters: SimpleNamespace(parameters=lambda: iter(parameters))  # noqa: E731
+    assert device_wait(model(place("cpu"), place("meta"))) is None
+    assert device_wait(model()) is None
+    wait = device_wait(model(place("cuda", 1), place("cpu"), place("cuda", 0), place("cuda", 1)))
+    wait()
+    assert calls == ["wait 0", "wait 1"]
+
+
+def test_end_to_end_times_wait_before_and_after_each_pass(monkeypatch):
+    events = []
+    monkeypatch.setattr(end_to_end_module, "device_wait", lambda model: lambda: events.append("wait"))
+    model = nn.Sequential(nn.Linear(64, 64)).eval()
+    timer = EndToEnd(model, PackedStore(model, ["0"]), {"forward": Phase(torch.randn(2, 64))})
+    assert events == ["wait", "wait"]  # around the pass that decides how to compile
+    events.clear()
+    timer._calls = {key: lambda *args, key=key: events.append(key[1]) for key in timer._calls}
+    timer.time({"int8": {"0": INT8.scheme}}, budget_s=0.0, min_rounds=1)
+    assert events == 2 * ["wait", False, "wait", "wait", True, "wait"]
+
+
+def test_a_gpu_is_known_by_name_architecture_versions_and_cache(monkeypatch):
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", L2_cache_size=50 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    drivers = iter(["580.65", "580.65", "590.1"])
+    monkeypatch.setattr("autoq_kernels.triton.device.driver_version", lambda: next(drivers))
+    first, same, later = (Fingerprint.current("cuda") for _ in range(3))
+    assert (first.device, first.name, first.caches) == ("cuda", "NVIDIA H100 80GB HBM3 sm_90", "L2 51200K")
+    assert first.isa.endswith(", driver 580.65")
+    assert "triton" in first.isa
+    assert first.key == same.key != later.key
+    assert first.key != Fingerprint.current("cpu").key

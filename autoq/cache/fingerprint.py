@@ -7,7 +7,6 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ class Fingerprint:
     Attributes:
         device: ``cpu`` or ``cuda``.
         name: vendor, family, model and stepping of a CPU (marketing names are not enough), or the GPU's name and SM.
-        isa: the CPU's instruction sets that matter here.
+        isa: the CPU's instruction sets that matter here; of a GPU the versions of CUDA or HIP, Triton and driver.
         caches: cache sizes, such as ``L2 512K, L3 32768K``.
         cores: online logical processors.
         threads: torch's intra-op threads.
@@ -54,7 +53,11 @@ class Fingerprint:
 
     @classmethod
     def current(cls, device: str = "cpu") -> Fingerprint:
-        """The fingerprint of this process's device."""
+        """The fingerprint of this process's device.
+
+        Args:
+            device: ``"cpu"`` or ``"cuda"``, with or without an index.
+        """
         shared = {
             "system": f"{platform.system()} {platform.machine()}",
             "torch": str(torch.__version__),
@@ -62,25 +65,22 @@ class Fingerprint:
             "cores": os.cpu_count() or 1,
             "threads": torch.get_num_threads(),
         }
-        if device == "cuda":
-            index = torch.cuda.current_device()
-            major, minor = torch.cuda.get_device_capability(index)
-            return cls(
-                device="cuda",
-                name=f"{torch.cuda.get_device_name(index)} sm_{major}{minor}",
-                isa=f"cuda {torch.version.cuda}, triton {_version('triton')}",
-                caches="",
-                **shared,  # type: ignore[arg-type]  # values are of the fields' types by construction
-            )
+        if torch.device(device).type == "cuda":
+            return cls(device="cuda", **_gpu(torch.device(device)), **shared)  # type: ignore[arg-type]  # as below
         name, isa = _cpu()
-        return cls(device="cpu", name=name, isa=isa, caches=_caches(), **shared)  # type: ignore[arg-type]  # as above
+        return cls(device="cpu", name=name, isa=isa, caches=_caches(), **shared)  # type: ignore[arg-type]  # by construction
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
+def _gpu(device: torch.device) -> dict[str, str]:
+    """Name, versions and L2 size of a GPU."""
+    from autoq_kernels.triton.device import Device
+
+    found = Device.current(device)
+    return {
+        "name": f"{found.name} {found.architecture}",
+        "isa": f"{found.runtime}, triton {found.triton}, driver {found.driver}",
+        "caches": f"L2 {found.l2_bytes // 1024}K",
+    }
 
 
 def _cpu() -> tuple[str, str]:

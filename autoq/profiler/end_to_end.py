@@ -79,6 +79,7 @@ class EndToEnd:
         progress: Progress | None = None,
     ) -> None:
         self.phases = {name: PhaseInputs(phase) for name, phase in phases.items()}
+        self._synchronize = device_wait(model)
         self.how: dict[str, str] = {}  # phase → whole, blocks, with a note when the graph breaks
         self._calls: dict[tuple[str, bool], Callable[..., object]] = {}
         self._shadows: dict[str, Shadow] = {}
@@ -87,7 +88,7 @@ class EndToEnd:
         for number, (name, inputs) in enumerate(self.phases.items()):
             if progress is not None:
                 progress(f"{name}, unquantized", 2 * number, total)
-            blockwise = _seconds(model, inputs) > _BLOCKWISE_ABOVE_S
+            blockwise = _seconds(model, inputs, self._synchronize) > _BLOCKWISE_ABOVE_S
             stock, self.how[name] = _compiled(share_weights(model), inputs, arguments, blockwise)
             if progress is not None:
                 progress(f"{name}, quantized", 2 * number + 1, total)
@@ -135,14 +136,38 @@ class EndToEnd:
         runs = {label: runner(label) for label in (UNQUANTIZED, *plans)}
         with torch.no_grad(), _strict():
             return interleaved(
-                runs, budget_s=budget_s * len(runs), min_rounds=min_rounds, max_rounds=40, prepare=prepare
+                runs,
+                budget_s=budget_s * len(runs),
+                min_rounds=min_rounds,
+                max_rounds=40,
+                prepare=prepare,
+                synchronize=self._synchronize,
             )
 
 
-def _seconds(model: nn.Module, inputs: PhaseInputs) -> float:
+def device_wait(model: nn.Module) -> Callable[[], None] | None:
+    """What waits for all the work that the model's GPUs were given; None where it has none.
+
+    A pass queues kernels on a GPU and returns before they ran: without waiting, only the queueing is timed.
+    """
+    gpus = sorted({one.device.index or 0 for one in model.parameters() if one.device.type == "cuda"})
+    if not gpus:
+        return None
+
+    def wait() -> None:
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
+
+    return wait
+
+
+def _seconds(model: nn.Module, inputs: PhaseInputs, synchronize: Callable[[], None] | None) -> float:
+    wait = synchronize or (lambda: None)
     with torch.no_grad():
+        wait()
         begin = time.perf_counter()
         inputs.run(model)
+        wait()
         return time.perf_counter() - begin
 
 

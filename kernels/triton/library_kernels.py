@@ -12,7 +12,7 @@ from autoq_kernels import layout
 from autoq_kernels.layout import Kind
 from autoq_kernels.triton import activation, dequantize, reduce
 from autoq_kernels.triton.launching import run
-from autoq_kernels.triton.weight import Weight
+from autoq_kernels.triton.weight import Weight, refuse_capture
 
 _INT4_GROUPS = (32, 64, 128, 256)
 _INT_MM_ROWS = 16  # _int_mm wants more on CUDA
@@ -77,26 +77,29 @@ def int4pack(x_MK: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
     The weight is packed a second time for it, once, in that kernel's layout: 4 bits and 32 / group bits a weight more.
     """
-    packed, scale_and_zero, column = _int4packed(weight)
-    if column is not None:
-        x_MK = (x_MK.float() * column).to(x_MK.dtype)
+    packed, scale_and_zero, *column = _int4packed(weight)
+    if column:
+        x_MK = (x_MK.float() * column[0]).to(x_MK.dtype)
     y_MN = torch.ops.aten._weight_int4pack_mm(x_MK, packed, weight.form.group_size, scale_and_zero)
     return y_MN if bias is None else y_MN + bias.to(y_MN.dtype)
 
 
-def _int4packed(weight: Weight) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes in tinygemm's layout, bfloat16 [G, N, 2] of scale and zero, and the column scale."""
+def _int4packed(weight: Weight) -> tuple[Tensor, ...]:
+    """Codes in tinygemm's layout, bfloat16 [G, N, 2] of scale and zero, and the column scale if there is one."""
     known = weight.prepared.get("int4pack")
     if known is None:
+        refuse_capture(weight.head)
         data = whole_buffer(weight)
         codes_NK, parts = layout.codes(data), layout.sections(data)
         tiles = next(count for count in (8, 4, 2) if weight.form.k % (16 * count) == 0)
         pairs = (codes_NK[:, ::2] << 4) | codes_NK[:, 1::2]
         packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
-        known = (packed, int4_scale_and_zero(parts))
+        column = (
+            [parts["column_scale"].clone()] if "column_scale" in parts else []
+        )  # a view would keep the weight alive
+        known = (packed, int4_scale_and_zero(parts), *column)
         weight.prepared["int4pack"] = known
-    column = layout.sections(whole_buffer(weight))["column_scale"] if weight.form.column_scale_offset else None
-    return known[0], known[1], column
+    return known
 
 
 def int4_scale_and_zero(parts: dict[str, Tensor]) -> Tensor:

@@ -93,7 +93,7 @@ def why_not(method: str, form: Header, m: int, dtype: torch.dtype) -> str | None
         reason = "unsigned codes of 8 bits are no int8 operand"
     elif method in (DEQUANTIZE, INT4PACK) and whole:
         reason = "x is rounded to int8"
-    elif method == DEQUANTIZE and dtype is not torch.float32 and m < _DEQUANTIZE_ROWS:
+    elif method == DEQUANTIZE and dtype is not torch.float32 and configs.m_bucket(m) < _DEQUANTIZE_ROWS:
         reason = f"writing a float weight does not pay below {_DEQUANTIZE_ROWS} rows, there are {m}"
     elif method == INT_MM:
         reason = library_kernels.int_mm_why_not(form, m) if whole else "x is not rounded to int8"

@@ -14,6 +14,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from statistics import median
 
@@ -94,7 +95,8 @@ class Tuner:
         offered = products.choices(weight.form, m, dtype, has_column_scale=has_column_scale)
         prepared = set(weight.prepared)
         x_MK = _activation(m, weight, dtype)
-        trials = _check(offered, x_MK, weight)
+        with torch.cuda.device(x_MK.device) if x_MK.is_cuda else nullcontext():
+            trials = _check(offered, x_MK, weight)
         right = [choice for choice in offered if trials[choice.label].status == "ok"]
         if not right:
             reasons = "; ".join(f"{label}: {one.reason}" for label, one in trials.items())

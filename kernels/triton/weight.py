@@ -79,11 +79,20 @@ class _Known(NamedTuple):
     prepared: dict[str, tuple[Tensor, ...]]
 
 
-def _read(head: Tensor) -> _Known:
+def refuse_capture(head: Tensor) -> None:
+    """Refuse what must wait for the device, or is done once, while a CUDA graph is recorded.
+
+    Raises:
+        RuntimeError: one is being recorded.
+    """
     if head.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "autoq: a packed weight's first use cannot be inside a CUDA graph; run the model once before"
         )
+
+
+def _read(head: Tensor) -> _Known:
+    refuse_capture(head)
     if head.data_ptr() % _ALIGNMENT:
         raise layout.LayoutError(
             f"a packed weight on a GPU starts at a multiple of {_ALIGNMENT} bytes; got {head.data_ptr():#x}"
