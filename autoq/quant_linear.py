@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from autoq import candidates
 from autoq.candidates import Candidate, Packed
-from autoq.candidates.base import load_kernels
+from autoq.candidates.base import load_kernels, settle
 from autoq.errors import AutoqError, CheckpointError, ModelError
 from autoq_kernels import layout
 from autoq_kernels.cpu.memory import use_large_pages
@@ -118,6 +118,7 @@ class QuantLinear(nn.Module):
         head = torch.empty(0, dtype=torch.uint8, device=data.device)
         head.set_(data.untyped_storage(), data.storage_offset(), (layout.HEADER_BYTES,), (1,))
         self.register_buffer("head", head, persistent=False)
+        settle(head)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         data = self.packed

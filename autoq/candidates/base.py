@@ -227,6 +227,14 @@ def load_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and load_cuda_kernels()
 
 
+def settle(head: Tensor) -> None:
+    """Let the GPU's kernels make what they need for a weight that a layer was given; nothing on other devices."""
+    if head.device.type == "cuda" and load_cuda_kernels():
+        from autoq_kernels.triton import register
+
+        register.settle(head)
+
+
 @functools.cache
 def load_cuda_kernels() -> bool:
     """Register the Triton kernels; compiled when they first run.

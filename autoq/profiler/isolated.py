@@ -21,7 +21,7 @@ from autoq.profiler.timing import Timing, interleaved
 from autoq.workload import Workload
 from autoq_kernels import layout
 from autoq_kernels.cpu.memory import use_large_pages
-from autoq_kernels.tolerance import TOLERANCE
+from autoq_kernels.tolerance import limit
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -247,8 +247,9 @@ def _prepare(row: dict[str, Any], candidate: Candidate, window: _Window) -> None
         row |= {"status": "error", "reason": f"{type(problem).__name__}: {problem}"}
         return
     row |= {"kernel": kernel, "error": error, "weight_bytes": candidate.weight_bytes_for(n, k)}
-    if not error <= TOLERANCE[x.dtype]:
-        row |= {"status": "wrong", "reason": f"relative RMS {error:.2e} above {TOLERANCE[x.dtype]:.0e}"}
+    allowed = limit(x.dtype, x.device)
+    if not error <= allowed:
+        row |= {"status": "wrong", "reason": f"relative RMS {error:.2e} above {allowed:.0e}"}
         return
     row["status"] = "ok"
     multiply = torch.ops.autoq.linear

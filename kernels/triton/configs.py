@@ -24,7 +24,9 @@ FAMILIES = ("gemv", "gemm")
 # With more rows of x a gemv is bound by its multiplications; matrix instructions cost less, mostly empty as they are.
 GEMV_ROWS = 2
 _ENOUGH = 264  # programs: two on each of an H100's multiprocessors; with fewer, some idle
-_SPLIT = 4
+_MOST_PARTS = 16
+_MANY_ROWS = 128
+BUCKETS = tuple(1 << power for power in range(13))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +39,7 @@ class Config:
         block_n: outputs of a program.
         block_k: inputs of one step.
         split_k: programs that share the inputs of an output.
-        warps: of a program.
+        warps: of a program, 32 threads each.
         stages: of software pipelining.
     """
 
@@ -78,7 +80,7 @@ class Config:
 
 def m_bucket(m: int) -> int:
     """The rows under which a product is tuned: the next power of two, at most 4096."""
-    return min(4096, 1 << max(0, m - 1).bit_length())
+    return min(BUCKETS[-1], 1 << max(0, m - 1).bit_length())
 
 
 def unit(form: Header) -> int:
@@ -109,34 +111,55 @@ def default(form: Header, m: int) -> Config:
 def _gemv(form: Header, m: int) -> tuple[Config, ...]:
     if m > GEMV_ROWS:
         return ()
-    wide = m == 1 and form.kind is Kind.AFFINE and form.group_size >= 2 * unit(form)
+    paired = m == 1 and form.kind is Kind.AFFINE and form.group_size >= 2 * unit(form)
     found = []
-    for block_n, warps in ((8, 2), (4, 2), (4, 4), (8, 4), (2, 8)):
-        block_k = 32 * warps * unit(form) * (2 if wide else 1)
-        for split_k in _splits(-(-form.n // block_n), -(-form.k // block_k)):
+    for block_n, warps in ((8, 2), (4, 2), (2, 2), (4, 4), (8, 4), (2, 8)):
+        threads_k = 32 * warps * unit(form)
+        if threads_k >= 2 * form.k and warps > 1 and found:
+            continue  # most threads would have nothing to do
+        block_k = 2 * threads_k if paired and form.k > threads_k else threads_k
+        programs = -(-form.n // block_n)
+        for split_k in _splits(form, m, programs, -(-form.k // block_k)):
             found.append(
                 Config(family="gemv", block_m=m, block_n=block_n, block_k=block_k, split_k=split_k, warps=warps)
             )
-    return tuple(found)
+    enough = [one for one in found if -(-form.n // one.block_n) * one.split_k >= _ENOUGH]
+    first = enough[0] if enough else max(found, key=lambda one: -(-form.n // one.block_n) * one.split_k)
+    return tuple(dict.fromkeys((first, *found)))
+
+
+# (block_m, block_n, largest block_k, warps, stages) of a gemm.
+_TILES = (
+    (16, 128, 64, 4, 4),
+    (16, 64, 128, 4, 4),
+    (32, 128, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4),
+    (128, 128, 64, 8, 3),
+)
+# Codes of two planes take many registers to decode, sums scaled group by group to keep: 64 x 128 would spill.
+_LEAN_TILES = tuple(tile for tile in _TILES if tile != (64, 128, 64, 4, 4))
+# Rows of int8 that start at any byte are loaded byte by byte.
+_SCATTERED_TILES = ((16, 64, 64, 4, 4), (64, 64, 64, 4, 4))
 
 
 def _gemm(form: Header, m: int) -> tuple[Config, ...]:
     grouped = form.kind is Kind.AFFINE
+    whole = grouped and dynamic(form, m)
+    tiles = _LEAN_TILES if whole or form.bits in (3, 5, 6) else _TILES
+    if form.kind is Kind.INT8 and form.k % 16:
+        tiles = _SCATTERED_TILES
+    if m_bucket(m) > _MANY_ROWS:
+        tiles = tiles[::-1]  # the widest first: each decodes its weights once
     found = []
-    for block_m, block_n, widest, warps, stages in (
-        (16, 128, 128, 4, 4),
-        (16, 64, 128, 4, 4),
-        (32, 128, 128, 4, 4),
-        (64, 128, 64, 4, 4),
-        (64, 64, 64, 4, 4),
-        (128, 128, 64, 8, 3),
-    ):
-        if block_m > max(16, m_bucket(m)) or (block_m < 64 and m > 2 * block_m):
+    for block_m, block_n, widest, warps, stages in tiles:
+        if block_m > max(16, m_bucket(m)) or (block_m < 64 and m > 2 * block_m and tiles is not _SCATTERED_TILES):
             continue
         block_k = min(widest, form.group_size) if grouped else widest
-        if grouped and dynamic(form, m):
+        if whole:
             block_k = form.group_size  # sums of whole numbers are scaled once a group
-        for split_k in _splits(-(-form.n // block_n) * -(-m // block_m), -(-form.k // block_k)):
+        programs = -(-form.n // block_n) * -(-m // block_m)
+        for split_k in _splits(form, m, programs, -(-form.k // block_k)):
             found.append(
                 Config(
                     family="gemm",
@@ -151,8 +174,12 @@ def _gemm(form: Header, m: int) -> tuple[Config, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _splits(programs: int, steps: int) -> tuple[int, ...]:
-    """Numbers of parts worth trying, the likely one first: many where there are few programs and steps to share."""
-    if programs >= _ENOUGH or steps < 2 * _SPLIT:
-        return (1,)
-    return (_SPLIT, 1) if 2 * programs <= _ENOUGH else (1, _SPLIT)
+def _splits(form: Header, m: int, programs: int, steps: int) -> tuple[int, ...]:
+    """Numbers of parts worth trying, the likely one first: as many as fill the device.
+
+    Each part has two steps at least, and writing and reading all parts' sums in float32 is at most half of the weight.
+    """
+    parts, most = 1, min(_MOST_PARTS, form.total_bytes // (16 * m * form.n))
+    while parts * programs < _ENOUGH and 2 * parts <= most and 4 * parts <= steps:
+        parts *= 2
+    return (parts, 1) if parts > 1 else (1,)

@@ -4,6 +4,10 @@ Legend: M rows of x, K inputs, N outputs, G groups of inputs.
 
 The weight is the left operand: a tile's outputs lie along the long side of the instruction, which few rows of x need
 not fill, and decoded registers go straight into it where the hardware takes its left operand from there.
+
+Column scales are multiplied into the tile of x, which is the smaller one; but where x is float16 into that of the
+weight: beside one large column scale, others would bring small activations below float16's normal numbers. The weight
+has room, as its rows are scaled to 2^12.
 """
 
 from __future__ import annotations
@@ -40,15 +44,14 @@ def tile_at(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def tile_of_weight(q, scale, minimum, group, dtype: tl.constexpr, KIND: tl.constexpr, HAS_MINIMUM: tl.constexpr):
-    """Numbers a tile of codes [BLOCK_N, BLOCK_K] stands for, without the factors of outputs and inputs.
+def tile_of_weight(q, scale, minimum, group, KIND: tl.constexpr, HAS_MINIMUM: tl.constexpr):
+    """What a tile of codes [BLOCK_N, BLOCK_K] stands for, without the factors of outputs and inputs; float32.
 
     Args:
         q: the codes.
         scale: pointer to float16 [N, G].
         minimum: as scale.
         group: int64 [BLOCK_N], the position of each row's scale.
-        dtype: of the result.
         KIND: see `layout.Kind`.
         HAS_MINIMUM: whether there are minima.
     """
@@ -62,7 +65,7 @@ def tile_of_weight(q, scale, minimum, group, dtype: tl.constexpr, KIND: tl.const
         if HAS_MINIMUM:
             offset += tl.load(minimum + group).to(tl.float32)
         value = lifted(q) * s[:, None] + offset[:, None]
-    return value.to(dtype)
+    return value
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -184,15 +187,18 @@ def gemm_tile(
                 low = tl.load(minimum + rows * groups + group).to(tl.float32)
                 total += low[:, None] * tl.load(x_sums + x_rows * groups + group).to(tl.float32)[None, :]
         else:
+            group = rows * groups + (start // GROUP if KIND == AFFINE else 0)
+            w = tile_of_weight(q, scale, minimum, group, KIND, HAS_MINIMUM)
             if HAS_COLUMN:
                 t = tl.load(column + at, mask=at < k, other=0.0) * column_unit
-                values = (values.to(tl.float32) * t[:, None]).to(values.dtype)
-            group = rows * groups + (start // GROUP if KIND == AFFINE else 0)
-            w = tile_of_weight(q, scale, minimum, group, values.dtype, KIND, HAS_MINIMUM)
-            total = tl.dot(w, values, total)
+                if values.dtype == tl.float16:
+                    w *= t[None, :]
+                else:
+                    values = (values.to(tl.float32) * t[:, None]).to(values.dtype)
+            total = tl.dot(w.to(values.dtype), values, total)
 
     mask = (outputs < n)[:, None] & (tokens < m)[None, :]
-    at_y = x_rows[None, :] * n + rows[:, None]
+    at_y = x_rows[None, :] * n + outputs.to(tl.int64)[:, None]  # of neighbours, as the clamped rows are not known to be
     if SPLIT > 1:
         tl.store(y + tl.cast(part, tl.int64) * m * n + at_y, total.to(tl.float32), mask=mask)
     else:

@@ -283,12 +283,14 @@ def add_block(
 
 
 @triton.jit
-def add_scaled(totals, scale, products, minimum, sums, BLOCK_M: tl.constexpr):
-    """Totals [R, B] plus scale · products + minimum · sums, for each row of x."""
+def add_scaled(totals, scale, products, minimum, sums, HAS_MINIMUM: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Totals [R, B] plus scale · products, plus minimum · sums if there are minima, for each row of x."""
     found = ()
     for j in tl.static_range(BLOCK_M):
         total = totals[j] + scale * products[j].to(tl.float32)
-        found = found + (total + minimum * sums[j].to(tl.float32)[None, :],)
+        if HAS_MINIMUM:
+            total += minimum * sums[j].to(tl.float32)[None, :]
+        found = found + (total,)
     return found
 
 
@@ -425,10 +427,10 @@ def gemv_rows(
             s = tl.load(scale + group, mask=ok, other=0.0).to(tl.float32)
             if SUBNORMAL:
                 s = s / SUBNORMAL_UNIT
-            low = 0.0 * s
+            low = s
             if HAS_MINIMUM:
                 low = tl.load(minimum + group, mask=ok, other=0.0).to(tl.float32)
-            totals = add_scaled(totals, s, products, low, sums, BLOCK_M)
+            totals = add_scaled(totals, s, products, low, sums, HAS_MINIMUM, BLOCK_M)
         else:
             totals = add_codes(totals, products, sums, FLIPPED, BLOCK_M)
 

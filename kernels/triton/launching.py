@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+_THREADS = 32  # of a warp, as configurations count them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +22,7 @@ class Launch:
         grid: programs in three dimensions.
         arguments: what changes from call to call, by name: tensors (or None) and numbers.
         constants: what the kernel is compiled for, by name.
-        warps: of a program.
+        warps: of a program, 32 threads each.
         stages: of software pipelining.
     """
 
@@ -29,10 +33,25 @@ class Launch:
     warps: int = 4
     stages: int = 1
 
+    def options(self, warp_size: int) -> dict[str, Any]:
+        """What the compiler is told, for a device whose warps have so many threads."""
+        return {
+            "num_warps": max(1, self.warps * _THREADS // warp_size),
+            "num_stages": self.stages,
+            "enable_fp_fusion": True,
+        }
+
     def run(self) -> None:
         """Queue it on the current stream of the tensors' device."""
-        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-        self.kernel[self.grid](**self.arguments, **self.constants, **options)
+        device = next(one.device for one in self.arguments.values() if isinstance(one, Tensor))
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options(_warp_size(device)))
+
+
+@functools.cache
+def _warp_size(device: torch.device) -> int:
+    if device.type != "cuda" or torch.version.hip is None:
+        return _THREADS
+    return int(torch.cuda.get_device_properties(device).warp_size)
 
 
 def run(launches: Sequence[Launch]) -> None:

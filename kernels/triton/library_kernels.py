@@ -14,6 +14,7 @@ from autoq_kernels.triton import activation, dequantize, reduce
 from autoq_kernels.triton.launching import run
 from autoq_kernels.triton.weight import Weight, refuse_capture
 
+INT4PACKED = "int4pack"  # what `Weight.prepared` has once `prepare_int4pack` was called
 _INT4_GROUPS = (32, 64, 128, 256)
 _INT_MM_ROWS = 16  # _int_mm wants more on CUDA
 
@@ -67,8 +68,9 @@ def int4pack_why_not(form: layout.Header, dtype: torch.dtype) -> str | None:
         return f"x must be bfloat16, not {str(dtype).removeprefix('torch.')}"
     if form.group_size not in _INT4_GROUPS:
         return f"groups must have one of {_INT4_GROUPS} inputs, not {form.group_size}"
-    if form.k % form.group_size or form.n % 8:
-        return f"K must be a multiple of the group and N of 8, not {form.k} and {form.n}"
+    rows = 8 if torch.version.hip is None else 16  # AMD's packer writes whole tiles of 16
+    if form.k % form.group_size or form.n % rows:
+        return f"K must be a multiple of the group and N of {rows}, not {form.k} and {form.n}"
     return None
 
 
@@ -77,16 +79,19 @@ def int4pack(x_MK: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
     The weight is packed a second time for it, once, in that kernel's layout: 4 bits and 32 / group bits a weight more.
     """
-    packed, scale_and_zero, *column = _int4packed(weight)
+    packed, scale_and_zero, *column = prepare_int4pack(weight)
     if column:
         x_MK = (x_MK.float() * column[0]).to(x_MK.dtype)
     y_MN = torch.ops.aten._weight_int4pack_mm(x_MK, packed, weight.form.group_size, scale_and_zero)
     return y_MN if bias is None else y_MN + bias.to(y_MN.dtype)
 
 
-def _int4packed(weight: Weight) -> tuple[Tensor, ...]:
-    """Codes in tinygemm's layout, bfloat16 [G, N, 2] of scale and zero, and the column scale if there is one."""
-    known = weight.prepared.get("int4pack")
+def prepare_int4pack(weight: Weight) -> tuple[Tensor, ...]:
+    """Codes in tinygemm's layout, bfloat16 [G, N, 2] of scale and zero, and the column scale if there is one.
+
+    Made at the first call and kept with the weight, so that must not be while a CUDA graph is warmed up or recorded.
+    """
+    known = weight.prepared.get(INT4PACKED)
     if known is None:
         refuse_capture(weight.head)
         data = whole_buffer(weight)
@@ -98,7 +103,9 @@ def _int4packed(weight: Weight) -> tuple[Tensor, ...]:
             [parts["column_scale"].clone()] if "column_scale" in parts else []
         )  # a view would keep the weight alive
         known = (packed, int4_scale_and_zero(parts), *column)
-        weight.prepared["int4pack"] = known
+        if packed.is_cuda:  # whatever stream uses it next
+            torch.cuda.current_stream(packed.device).synchronize()
+        weight.prepared[INT4PACKED] = known
     return known
 
 

@@ -5,6 +5,7 @@ Legend: M rows of x, K inputs, N outputs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ INT_MM = "aten.int_mm"
 LINEAR = "aten.linear"
 PLAIN = "default"
 _FAMILIES = {GEMV: "gemv", GEMM: "gemm"}
+_LARGEST_GROUP = 1024
+_DEQUANTIZED_ROWS = 1024  # from here on the default is a float weight: decoded once, not once for each tile of rows
 _DEQUANTIZE_ROWS = 64  # fewer rows cannot pay for writing a float weight and reading it again
 
 
@@ -68,6 +71,12 @@ class Choice:
         return cls(method=method, config=found)
 
 
+def decodable(form: Header) -> bool:
+    """Whether the Triton kernels decode such a weight."""
+    group = form.group_size
+    return form.kind is not Kind.DENSE and group & (group - 1) == 0 and group <= _LARGEST_GROUP
+
+
 def why_not(method: str, form: Header, m: int, dtype: torch.dtype) -> str | None:
     """Why a method cannot compute a product: a sentence, or None if it can.
 
@@ -85,6 +94,8 @@ def why_not(method: str, form: Header, m: int, dtype: torch.dtype) -> str | None
         reason = f"it is for {'quantized' if dense else 'dense'} weights"
     elif method == LINEAR and layout.DENSE_BITS.get(dtype) != form.bits:
         reason = "x and the weight have different dtypes"
+    elif method in (GEMV, GEMM, DEQUANTIZE) and not decodable(form):
+        reason = f"groups of {form.group_size} inputs: the kernels take powers of two up to {_LARGEST_GROUP}"
     elif method == GEMV and m > configs.GEMV_ROWS:
         reason = f"it takes at most {configs.GEMV_ROWS} rows, not {m}"
     elif method == GEMM and dtype is torch.float32 and not whole:
@@ -124,8 +135,11 @@ def choices(form: Header, m: int, dtype: torch.dtype, *, has_column_scale: bool)
     return tuple(dict.fromkeys(found))
 
 
+@functools.lru_cache(maxsize=4096)
 def default_choice(form: Header, m: int, dtype: torch.dtype) -> Choice:
     """What runs where nothing was tuned."""
+    if m >= _DEQUANTIZED_ROWS and why_not(DEQUANTIZE, form, m, dtype) is None:
+        return Choice(method=DEQUANTIZE)
     for config in (configs.default(form, m), *configs.space(form, m)):
         method = GEMV if config.family == "gemv" else GEMM
         if why_not(method, form, m, dtype) is None:

@@ -58,13 +58,14 @@ def add_parts(
     """Y [M, N] from parts [S, M, N], added in order."""
     row = tl.program_id(0)
     outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = outputs < n
     inside = tl.minimum(outputs, n - 1)
-    at = tl.cast(row, tl.int64) * n + inside
-    total = tl.load(parts + at)
+    at = tl.cast(row, tl.int64) * n + outputs
+    total = tl.load(parts + at, mask=mask, other=0)
     for part in tl.static_range(1, PARTS):
-        total += tl.load(parts + at + part * (tl.cast(m, tl.int64) * n))
+        total += tl.load(parts + at + part * (tl.cast(m, tl.int64) * n), mask=mask, other=0)
     value = finish(total, inside, row, head, factor_offset, x_scale, x_factor, bias, HAS_FACTOR)
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=outputs < n)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
 
 
 def launch(

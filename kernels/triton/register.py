@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from autoq_kernels import layout, ops
-from autoq_kernels.layout import Kind
+from autoq_kernels.triton import configs, library_kernels, products, store
 from autoq_kernels.triton import dequantize as dequantizing
-from autoq_kernels.triton import products, store
 from autoq_kernels.triton.device import Device
 from autoq_kernels.triton.launching import run
+from autoq_kernels.triton.library_kernels import INT4PACKED
 from autoq_kernels.triton.products import Choice
 from autoq_kernels.triton.tuning import Tuner
 from autoq_kernels.triton.weight import Weight, Weights
@@ -79,7 +79,11 @@ def linear(x: Tensor, head: Tensor, bias: Tensor | None, n: int) -> Tensor:
 
     Raises:
         layout.LayoutError: not a packed weight, or not of this shape.
+        ValueError: x, weight and bias are on several devices.
     """
+    devices = {one.device for one in (x, head, bias) if one is not None}
+    if len(devices) > 1:
+        raise ValueError(f"autoq: x, weight and bias must be on one device; got {', '.join(sorted(map(str, devices)))}")
     weight = weights().of(head)
     k = x.shape[-1]
     _check_shape(weight, n, k)
@@ -90,6 +94,8 @@ def linear(x: Tensor, head: Tensor, bias: Tensor | None, n: int) -> Tensor:
         x_MK = x_MK.clone()
     if len(x_MK) == 0:
         return x.new_empty((*x.shape[:-1], n))
+    if bias is not None:
+        bias = bias.expand(n).contiguous()
     choice = _choice(weight, len(x_MK), x.dtype)
     with _on(x.device):
         y_MN = products.multiply(choice, x_MK, weight, bias)
@@ -104,12 +110,34 @@ def dequantize(head: Tensor, n: int, k: int) -> Tensor:
     """
     weight = weights().of(head)
     _check_shape(weight, n, k)
-    if weight.form.kind is Kind.DENSE:
+    if not products.decodable(weight.form):
         return ops.dequantize(head, n, k)
     w_NK = torch.empty(n, k, dtype=torch.float32, device=head.device)
     with _on(head.device):
         run(dequantizing.launches(weight, w_NK))
     return w_NK
+
+
+def settle(head: Tensor) -> None:
+    """Read a new weight's header, and make the copies that its tuned choices need.
+
+    Called when a layer gets its weight: at its first product, a CUDA graph's memory pool could be in use, which may not
+    keep anything. A choice whose copy was not made is not taken.
+
+    Args:
+        head: uint8 [128], a view of a packed weight on a GPU. One that is still empty is left alone.
+    """
+    try:
+        weight = weights().of(head)
+    except layout.LayoutError:  # to be filled later; its first product would say so
+        return
+    has_column_scale = weight.form.column_scale_offset > 0
+    if library_kernels.int4pack_why_not(weight.form, torch.bfloat16) is not None:
+        return
+    known = (tuner(head.device).tuned(weight.form, m, torch.bfloat16, has_column_scale) for m in configs.BUCKETS)
+    if any(one is not None and one.method == products.INT4PACK for one in known):
+        with _on(head.device):
+            library_kernels.prepare_int4pack(weight)
 
 
 def kernel_name(head: Tensor, m: int, dtype: torch.dtype) -> str:
@@ -125,10 +153,17 @@ def kernel_name(head: Tensor, m: int, dtype: torch.dtype) -> str:
 
 def _choice(weight: Weight, m: int, dtype: torch.dtype) -> Choice:
     """As tuned on the weight's device, or the default."""
-    device, tuned = weight.head.device, None
-    if device.type == "cuda":
-        tuned = tuner(device).tuned(weight.form, m, dtype, weight.form.column_scale_offset > 0)
-    return tuned or products.default_choice(weight.form, m, dtype)
+    tuned = _tuned(weight, m, dtype)
+    if tuned is None or (tuned.method == products.INT4PACK and INT4PACKED not in weight.prepared):
+        return products.default_choice(weight.form, m, dtype)
+    return tuned
+
+
+def _tuned(weight: Weight, m: int, dtype: torch.dtype) -> Choice | None:
+    device = weight.head.device
+    if device.type != "cuda":
+        return None
+    return tuner(device).tuned(weight.form, m, dtype, weight.form.column_scale_offset > 0)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -21,9 +21,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from autoq_kernels import layout, ops
+from autoq_kernels import layout, ops, tolerance
 from autoq_kernels.layout import Header
-from autoq_kernels.tolerance import TOLERANCE
 from autoq_kernels.triton import products
 from autoq_kernels.triton.configs import dynamic, m_bucket
 from autoq_kernels.triton.products import Choice
@@ -184,7 +183,7 @@ def _activation(m: int, weight: Weight, dtype: torch.dtype) -> Tensor:
 
 def _check(choices: Sequence[Choice], x_MK: Tensor, weight: Weight) -> dict[str, Trial]:
     """Run every choice once, which compiles it, and compare its result; by label, in the given order."""
-    limit = TOLERANCE[x_MK.dtype]
+    limit = tolerance.limit(x_MK.dtype, x_MK.device)
     expected_MN = reference(x_MK, weight)
     trials = {}
     for choice in choices:

@@ -7,6 +7,7 @@ is read once for each storage, and remembered as long as that storage lives.
 from __future__ import annotations
 
 import math
+import threading
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ class Weights:
     """The packed weights seen so far, by storage."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         # A weak reference keeps the address of a storage's record from being given to another, but not its memory.
         self._seen: dict[int, tuple[StorageWeakRef, dict[int, _Known]]] = {}
 
@@ -46,27 +48,34 @@ class Weights:
 
         Args:
             head: uint8 [128], a view of the packed weight's first bytes. The bytes of a storage that was seen must not
-                change: another weight comes in a tensor of its own.
+                change: another weight comes in a tensor of its own, or after `forget`.
 
         Raises:
             layout.LayoutError: not a packed weight, not aligned, or a view with nothing behind it.
             RuntimeError: its first use is inside the recording of a CUDA graph.
         """
         storage = head.untyped_storage()
-        entry = self._seen.get(storage._cdata)
-        if entry is None:
-            self._forget_dead()
-            entry = self._seen[storage._cdata] = (StorageWeakRef(storage), {})
+        with self._lock:
+            entry = self._seen.get(storage._cdata)
+            if entry is None:
+                self._forget_dead()
+                entry = self._seen[storage._cdata] = (StorageWeakRef(storage), {})
         offset = head.storage_offset()
         known = entry[1].get(offset)
         if known is None:
             known = entry[1][offset] = _read(head)
         return Weight(known.form, head, known.column_power, known.prepared)
 
+    def forget(self, head: Tensor) -> None:
+        """Read a weight anew at its next use: for who wrote other bytes into its storage."""
+        with self._lock:
+            self._seen.pop(head.untyped_storage()._cdata, None)
+
     def __len__(self) -> int:
         """How many storages are remembered."""
-        self._forget_dead()
-        return len(self._seen)
+        with self._lock:
+            self._forget_dead()
+            return len(self._seen)
 
     def _forget_dead(self) -> None:
         for key in [key for key, (reference, _) in self._seen.items() if reference.expired()]:
@@ -101,7 +110,7 @@ def _read(head: Tensor) -> _Known:
     form = layout.header(data)
     power = 0
     if form.column_scale_offset:
-        largest = float(layout.sections(data)["column_scale"].max())
+        largest = float(layout.sections(data)["column_scale"].abs().max())
         power = math.frexp(largest)[1]
     return _Known(form, power, {})
 

@@ -5,8 +5,8 @@ import torch
 
 from autoq import candidates
 from autoq.numerics import relative_rms
-from autoq.profiler.isolated import TOLERANCE
 from autoq_kernels import layout
+from autoq_kernels.tolerance import TOLERANCE
 from autoq_kernels.triton import products
 from autoq_kernels.triton.products import Choice
 from autoq_kernels.triton.weight import Weights

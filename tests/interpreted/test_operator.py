@@ -11,10 +11,11 @@ import torch
 from autoq import candidates
 from autoq.candidates.base import load_cpu_kernels
 from autoq.numerics import relative_rms
-from autoq.profiler.isolated import TOLERANCE
 from autoq_kernels import layout, ops
 from autoq_kernels.layout import Kind
-from autoq_kernels.triton import register
+from autoq_kernels.tolerance import TOLERANCE
+from autoq_kernels.triton import products, register
+from autoq_kernels.triton.library_kernels import INT4PACKED
 
 N, K = 16, 96
 SCHEMES = ("none", "int8wo", "int8dq", "int4wo-hqq(group_size=32)", "fp6(format=e2m3)", "int4mix(m_switch=8)")
@@ -97,6 +98,34 @@ def test_the_bias_may_have_another_dtype_and_start_anywhere(scheme, m):
         return  # torch.nn.functional.linear wants one dtype
     bias, x = gaussian(N + 1, seed=2, dtype=torch.float32)[1:], gaussian(m, K)
     assert relative_rms(linear(x, p, bias), candidate.reference(x, p, bias)) <= TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("m", [1, 20])
+def test_the_bias_may_be_strided_or_one_number_for_all(m):
+    candidate, p = packed("int4wo-hqq(group_size=32)")
+    x = gaussian(m, K)
+    for bias in (gaussian(2 * N, seed=2)[::2], gaussian(1, seed=2).expand(N), gaussian(1, seed=2)):
+        y = linear(x, p, bias)
+        assert torch.equal(y, linear(x, p, bias.expand(N).clone()))
+        assert relative_rms(y, candidate.reference(x, p, bias)) <= TOLERANCE[torch.bfloat16]
+    with pytest.raises(RuntimeError, match="expand"):
+        linear(x, p, gaussian(N - 1))
+
+
+def test_tensors_on_several_devices_are_refused():
+    _, p = packed("int8wo")
+    with pytest.raises(ValueError, match="one device; got cpu, meta"):
+        register.linear(gaussian(1, K), p.head, torch.empty(N, device="meta"), N)
+
+
+def test_a_choice_whose_copy_of_the_weight_was_not_made_is_not_taken(monkeypatch):
+    _, p = packed("int4wo-hqq(group_size=32)", n=16, k=64)
+    tuned = products.Choice(method=products.INT4PACK)
+    monkeypatch.setattr(register, "_tuned", lambda weight, m, dtype: tuned)
+    before = register.kernel_name(p.head, 1, torch.bfloat16)
+    assert before.startswith("triton.gemv")
+    register.weights().of(p.head).prepared[INT4PACKED] = (p.data,)
+    assert register.kernel_name(p.head, 1, torch.bfloat16) == products.INT4PACK
 
 
 @every_scheme
@@ -232,7 +261,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch, autoq_kernels.triton
 for module in pkgutil.iter_modules(autoq_kernels.triton.__path__):
     __import__(f"autoq_kernels.triton.{module.name}")
-from autoq_kernels.triton import register
+from autoq_kernels.triton import products, register
+from autoq_kernels.triton.library_kernels import INT4PACKED
 assert not torch._C._dispatch_has_kernel_for_dispatch_key("autoq::linear", "CUDA")
 register.load()
 register.load()

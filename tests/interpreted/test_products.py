@@ -19,9 +19,9 @@ import torch
 from autoq import candidates
 from autoq.candidates import Packed
 from autoq.numerics import relative_rms
-from autoq.profiler.isolated import TOLERANCE
 from autoq_kernels import layout
 from autoq_kernels.layout import Kind
+from autoq_kernels.tolerance import TOLERANCE
 from autoq_kernels.triton import configs, gemm, gemv, launching
 from autoq_kernels.triton.configs import Config
 from autoq_kernels.triton.weight import Weights
@@ -259,3 +259,16 @@ def test_configurations_of_the_tuning_space(place):
             found = [config for config in configs.space(one.weight.form, m) if config.family == name]
             for config in dict.fromkeys(found[:1] + found[place % len(found) :][:1] if found else ()):
                 check(family, one, config)
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_large_column_scale_leaves_the_others_their_precision(family, dtype):
+    candidate, generator = candidates.parse("sinq(bits=4,group_size=64)"), torch.Generator().manual_seed(0)
+    w_NK = torch.randn(64, 128, generator=generator)
+    w_NK[:, 5] *= 100
+    p = candidate.pack(w_NK)
+    assert p.column_scale.max() > 16 * p.column_scale.median()
+    x = (torch.randn(2, 128, generator=generator) * 1e-3).to(dtype)
+    one = Product(Weights().of(p.head), x, None, candidate.reference(x, p))
+    check(family, one, small(family, one.weight.form))

@@ -92,3 +92,14 @@ def test_a_stand_in_has_the_form_and_no_memory():
     assert weight.head.is_meta
     assert (weight.form, weight.column_power, len(weight.head)) == (form, 3, 128)
     assert arguments(weight)["high_offset"] == form.codes_offset + form.n * form.k_padded // 2
+
+
+def test_a_weight_that_was_written_over_is_read_again_after_forget():
+    seen = Weights()
+    first, second = (candidates.parse(text).pack(torch.randn(16, 64)).data for text in ("int8wo", "fp6"))
+    data = torch.zeros(max(len(first), len(second)), dtype=torch.uint8)
+    data[: len(first)] = first
+    assert seen.of(data[:128]).form == layout.header(first)
+    data[: len(second)] = second
+    seen.forget(data[:128])
+    assert seen.of(data[:128]).form == layout.header(second)
