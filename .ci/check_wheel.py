@@ -1,4 +1,4 @@
-"""Runs outside the repository, on an installed wheel: one kernel, compiled from the wheel's sources."""
+"""Runs outside the repository, on an installed wheel: one kernel compiled from the wheel's sources, the Triton ones registered."""
 
 import sys
 from pathlib import Path
@@ -7,13 +7,15 @@ import torch
 
 import autoq
 from autoq_kernels.cpu import build
+from autoq_kernels.triton import register
 
 
 def main() -> None:
     """Check where the modules came from, then compile and run."""
     site = Path(sys.argv[1]).resolve()
-    for module in (autoq, build):
+    for module in (autoq, build, register):
         assert Path(module.__file__).resolve().is_relative_to(site), f"{module.__name__} is not the wheel's"
+    assert register.load().registered
     status = build.load()
     assert status.isa is not None, status.reason
     candidate = autoq.candidates.parse("int8wo")

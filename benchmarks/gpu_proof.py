@@ -39,6 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architectures", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--also", type=Path, help="folder with another Triton, for a second run with --main")
+    parser.add_argument("--also-sample", type=int, metavar="COUNT", help="as --sample, of the second run alone")
     parser.add_argument("--sample", type=int, metavar="COUNT", help="the typical defaults and so many others, not all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--schemes", nargs="+", help="only formats whose name begins so")
@@ -55,7 +56,7 @@ def main() -> int:
     started = time.monotonic()
     document = measured(options)
     if options.also:
-        document["rows"] += _rows_with(options.also)
+        document["rows"] += _rows_with(options.also, options.also_sample)
     document["about"] = about(document["rows"], time.monotonic() - started)
     failed, known = judged(document["rows"])
     if options.json:
@@ -107,13 +108,15 @@ def _inspector() -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 
-def _rows_with(folder: Path) -> list[dict[str, Any]]:
+def _rows_with(folder: Path, sample: int | None) -> list[dict[str, Any]]:
     """The rows of this run's main formats with the Triton in a folder."""
     with tempfile.TemporaryDirectory(prefix="gpu-proof-") as scratch:
         path = Path(scratch) / "rows.json"
         own = sys.argv[1:]
         at = own.index("--also")
         rest = own[:at] + own[at + 2 :]
+        if sample is not None:
+            rest += ["--sample", str(sample)]
         environment = dict(os.environ, PYTHONPATH=f"{folder.resolve()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         files = ["--json", str(path), "--table", os.devnull]
         command = [sys.executable, str(Path(__file__).resolve()), *rest, "--main", *files]
@@ -134,9 +137,9 @@ def about(rows: list[dict[str, Any]], seconds: float) -> list[str]:
         f"for all the products that it serves ({sum(row['serves'] for row in rows)}). Shapes [N, K]: "
         f"{', '.join(f'{n}×{k}' for n, k in proof_cases.SHAPES_NK)} (Llama-3-8B) and "
         f"{'×'.join(map(str, proof_cases.ODD_NK))}; M: {', '.join(map(str, proof_cases.ROWS))}.",
-        f"Default configurations: every format, group size, dtype and M. The whole space ({configurations} "
-        f"configurations with the defaults), each at one shape and M, in bf16: {', '.join(whole) or 'nothing'}; a "
-        "second Triton, if there is one, compiled these formats only.",
+        "Default configurations: every format and group size in bf16, those named below in fp16 too. The whole space "
+        f"({configurations} configurations with the defaults), each at one shape and M, in bf16: "
+        f"{', '.join(whole) or 'nothing'}; a second Triton, if there is one, compiled these formats only.",
         f"Took {seconds / 60:.0f} minutes, with results kept from earlier runs; {kept / 60:.0f} minutes of compiling.",
     ]
 

@@ -181,15 +181,15 @@ def _form(variant: Variant, n: int, k: int) -> Header:
 def defaults() -> Iterator[Case]:
     """What runs where nothing was tuned.
 
-    The main formats in every shape at every M, with and without bias, and in an odd shape; the others in one shape at
-    two M. Products in both dtypes.
+    In bf16 the main formats in every shape at every M, with and without bias, and in an odd shape, the others in one
+    shape at two M; in fp16 the main formats in one shape at two M.
     """
     for variant in variants():
-        shapes = SHAPES_NK if variant.main else SHAPES_NK[:1]
-        for dtype in DTYPES:
-            rows = dict.fromkeys((*FEW_ROWS, *ROWS)) if variant.main else FEW_ROWS
-            points = [(nk, m) for nk in shapes for m in rows]
-            if variant.main:
+        for dtype in DTYPES if variant.main else ("bf16",):
+            whole = variant.main and dtype == "bf16"
+            rows = dict.fromkeys((*FEW_ROWS, *ROWS)) if whole else FEW_ROWS
+            points = [(nk, m) for nk in (SHAPES_NK if whole else SHAPES_NK[:1]) for m in rows]
+            if whole:
                 points += [(ODD_NK, m) for m in ODD_ROWS]
             for config, (nk, m) in _first_of_each((nk, m, (_default(variant, nk, m),)) for nk, m in points):
                 yield from of_config(variant, dtype, nk, m, config, default=True)

@@ -98,7 +98,7 @@ def space(form: Header, m: int) -> tuple[Config, ...]:
 
     Args:
         form: of the weight.
-        m: rows of x.
+        m: rows of x; all of one `m_bucket` have the same space.
     """
     return (*_gemv(form, m), *_gemm(form, m))
 
@@ -146,14 +146,15 @@ _SCATTERED_TILES = ((16, 64, 64, 4, 4), (64, 64, 64, 4, 4))
 def _gemm(form: Header, m: int) -> tuple[Config, ...]:
     grouped = form.kind is Kind.AFFINE
     whole = grouped and dynamic(form, m)
+    m = m_bucket(m)
     tiles = _LEAN_TILES if whole or form.bits in (3, 5, 6) else _TILES
     if form.kind is Kind.INT8 and form.k % 16:
         tiles = _SCATTERED_TILES
-    if m_bucket(m) > _MANY_ROWS:
+    if m > _MANY_ROWS:
         tiles = tiles[::-1]  # the widest first: each decodes its weights once
     found = []
     for block_m, block_n, widest, warps, stages in tiles:
-        if block_m > max(16, m_bucket(m)) or (block_m < 64 and m > 2 * block_m and tiles is not _SCATTERED_TILES):
+        if block_m > max(16, m) or (block_m < 64 and m > 2 * block_m and tiles is not _SCATTERED_TILES):
             continue
         block_k = min(widest, form.group_size) if grouped else widest
         if whole:

@@ -68,7 +68,7 @@ def tile_of_weight(q, scale, minimum, group, KIND: tl.constexpr, HAS_MINIMUM: tl
     return value
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "parts"])
 def gemm_tile(
     x,
     x_scale,
@@ -77,6 +77,7 @@ def gemm_tile(
     bias,
     y,
     m,
+    parts,
     n,
     k,
     padded,
@@ -102,9 +103,9 @@ def gemm_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PARTIAL: tl.constexpr,
 ):
-    """BLOCK_N outputs of BLOCK_M rows of x, over one of SPLIT parts of the inputs.
+    """BLOCK_N outputs of BLOCK_M rows of x, over one of so many parts of the inputs.
 
     Args:
         x: [M, K], bfloat16 or float16, or int8 where WHOLE.
@@ -112,8 +113,9 @@ def gemm_tile(
         x_sums: int32 [M, groups], sums of x's groups, where WHOLE, else None.
         head: the packed weight; offsets are bytes from there.
         bias: [N] or None.
-        y: [M, N], or float32 [SPLIT, M, N] with SPLIT > 1, then without factors and bias.
+        y: [M, N], or where PARTIAL float32 [parts, M, N], then without factors and bias.
         m: M.
+        parts: programs for one output.
         n: N.
         k: K.
         padded: codes in a row.
@@ -139,7 +141,7 @@ def gemm_tile(
         BLOCK_M: rows of x.
         BLOCK_N: outputs.
         BLOCK_K: inputs of a step.
-        SPLIT: programs for one output.
+        PARTIAL: whether there are several parts.
     """
     tile_m, tile_n = tile_at(m, n, BLOCK_M, BLOCK_N)
     part = tl.program_id(1)
@@ -154,7 +156,7 @@ def gemm_tile(
 
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if WHOLE and KIND == INT8 else tl.float32)
     steps = tl.cdiv(k, BLOCK_K)
-    share = tl.cdiv(steps, SPLIT)
+    share = tl.cdiv(steps, parts)
     for step in range(part * share, tl.minimum(part * share + share, steps)):
         start = step * BLOCK_K
         q = tile_of_codes(
@@ -199,7 +201,7 @@ def gemm_tile(
 
     mask = (outputs < n)[:, None] & (tokens < m)[None, :]
     at_y = x_rows[None, :] * n + outputs.to(tl.int64)[:, None]  # of neighbours, as the clamped rows are not known to be
-    if SPLIT > 1:
+    if PARTIAL:
         tl.store(y + tl.cast(part, tl.int64) * m * n + at_y, total.to(tl.float32), mask=mask)
     else:
         value = finish(total, rows[:, None], x_rows[None, :], head, factor_offset, x_scale, x_factor, bias, HAS_FACTOR)
@@ -244,6 +246,7 @@ def launches(x_MK: Tensor, weight: Weight, bias: Tensor | None, y_MN: Tensor, co
                 "bias": bias,
                 "y": out,
                 "m": m,
+                "parts": config.split_k,
                 "column_unit": 2.0**-power,
                 "x_factor": 2.0**power,
                 **arguments(weight),
@@ -257,7 +260,7 @@ def launches(x_MK: Tensor, weight: Weight, bias: Tensor | None, y_MN: Tensor, co
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
                 "BLOCK_K": config.block_k,
-                "SPLIT": config.split_k,
+                "PARTIAL": split,
             },
             warps=config.warps,
             stages=config.stages,

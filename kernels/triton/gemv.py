@@ -306,7 +306,7 @@ def add_codes(totals, products, sums, FLIPPED: tl.constexpr, BLOCK_M: tl.constex
     return found
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "parts"])
 def gemv_rows(
     x,
     x_scale,
@@ -314,6 +314,7 @@ def gemv_rows(
     bias,
     y,
     m,
+    parts,
     n,
     k,
     padded,
@@ -339,17 +340,18 @@ def gemv_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PARTIAL: tl.constexpr,
 ):
-    """BLOCK_N outputs of up to BLOCK_M rows of x, over one of SPLIT parts of the inputs.
+    """BLOCK_N outputs of up to BLOCK_M rows of x, over one of so many parts of the inputs.
 
     Args:
         x: [M, K], float, or int8 where WHOLE.
         x_scale: float32 [M] where WHOLE, else None.
         head: the packed weight; offsets are bytes from there.
         bias: [N] or None.
-        y: [M, N], or float32 [SPLIT, M, N] with SPLIT > 1, then without factors and bias.
+        y: [M, N], or where PARTIAL float32 [parts, M, N], then without factors and bias.
         m: M.
+        parts: programs for one output.
         n: N.
         k: K.
         padded: codes in a row.
@@ -375,7 +377,7 @@ def gemv_rows(
         BLOCK_M: 1, 2 or 4.
         BLOCK_N: R.
         BLOCKS: B.
-        SPLIT: programs for one output.
+        PARTIAL: whether there are several parts.
     """
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(outputs, n - 1).to(tl.int64)
@@ -391,7 +393,7 @@ def gemv_rows(
 
     totals = (tl.zeros((BLOCK_N, BLOCKS), SUM if KIND == INT8 else tl.float32),) * BLOCK_M
     steps = tl.cdiv(tl.cdiv(k, UNIT), BLOCKS * PAIR)
-    share = tl.cdiv(steps, SPLIT)
+    share = tl.cdiv(steps, parts)
     for step in range(part * share, tl.minimum(part * share + share, steps)):
         first = (step * BLOCKS + tl.arange(0, BLOCKS)) * PAIR
         products = (tl.zeros((BLOCK_N, BLOCKS), SUM),) * BLOCK_M
@@ -437,7 +439,7 @@ def gemv_rows(
     for j in tl.static_range(BLOCK_M):
         total = tl.sum(totals[j], axis=1)
         mask = outputs < tl.where(j < m, n, 0)
-        if SPLIT > 1:
+        if PARTIAL:
             tl.store(y + tl.cast(part * m + j, tl.int64) * n + rows, total.to(tl.float32), mask=mask)
         else:
             at_m = tl.minimum(j, m - 1)
@@ -487,6 +489,7 @@ def launches(x_MK: Tensor, weight: Weight, bias: Tensor | None, y_MN: Tensor, co
                 "bias": bias,
                 "y": out,
                 "m": m,
+                "parts": config.split_k,
                 "x_factor": x_factor,
                 **given,
             },
@@ -500,7 +503,7 @@ def launches(x_MK: Tensor, weight: Weight, bias: Tensor | None, y_MN: Tensor, co
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
                 "BLOCKS": width,
-                "SPLIT": config.split_k,
+                "PARTIAL": split,
             },
             warps=config.warps,
         )

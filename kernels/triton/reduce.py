@@ -40,7 +40,7 @@ def finish(total, at_n, at_m, head, factor_offset, x_scale, x_factor, bias, HAS_
     return value
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "count"])
 def add_parts(
     parts,
     head,
@@ -51,7 +51,7 @@ def add_parts(
     y,
     m,
     n,
-    PARTS: tl.constexpr,
+    count,
     HAS_FACTOR: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -62,7 +62,7 @@ def add_parts(
     inside = tl.minimum(outputs, n - 1)
     at = tl.cast(row, tl.int64) * n + outputs
     total = tl.load(parts + at, mask=mask, other=0)
-    for part in tl.static_range(1, PARTS):
+    for part in range(1, count):
         total += tl.load(parts + at + part * (tl.cast(m, tl.int64) * n), mask=mask, other=0)
     value = finish(total, inside, row, head, factor_offset, x_scale, x_factor, bias, HAS_FACTOR)
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
@@ -86,7 +86,8 @@ def launch(
             "y": y_MN,
             "m": m,
             "n": n,
+            "count": parts,
         },
-        constants={"PARTS": parts, "HAS_FACTOR": constants(weight)["HAS_FACTOR"], "BLOCK_N": _BLOCK_N},
+        constants={"HAS_FACTOR": constants(weight)["HAS_FACTOR"], "BLOCK_N": _BLOCK_N},
         warps=2,
     )
