@@ -1,4 +1,4 @@
-"""Runs outside the repository, on an installed wheel: one kernel compiled from the wheel's sources, the Triton ones registered."""
+"""Runs outside the repository, on an installed wheel: one kernel compiled, the Triton kernels registered."""
 
 import sys
 from pathlib import Path
