@@ -16,6 +16,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--schemes", nargs="+", help="only formats whose name begins so")
     parser.add_argument("--main", action="store_true", help="only the formats whose whole space is compiled")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after these; run again to go on")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--cache", type=Path, default=_CACHE, help="folder of results")
     parser.add_argument("--json", type=Path, help="file for the rows")
@@ -56,8 +58,10 @@ def main() -> int:
     started = time.monotonic()
     document = measured(options)
     if options.also:
-        document["rows"] += _rows_with(options.also, options.also_sample)
-    document["about"] = about(document["rows"], time.monotonic() - started)
+        other = _run_with(options.also, options.also_sample)
+        document["rows"] += other["rows"]
+        document["left_out"] += other["left_out"]
+    document["about"] = about(document, time.monotonic() - started)
     failed, known = judged(document["rows"])
     if options.json:
         options.json.write_text(json.dumps(document, indent=1))
@@ -93,12 +97,15 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         if len(rows) % _EVERY == 0 or len(rows) == len(jobs):
             print(f"{len(rows)} of {len(jobs)}, {made[True]} kept, {time.monotonic() - started:.0f} s", flush=True)
 
-    proof_pool.run(jobs, processes=options.jobs, cache=options.cache / inspector, progress=progress)
+    proof_pool.run(
+        jobs, processes=options.jobs, cache=options.cache / inspector, progress=progress, seconds=60 * options.minutes
+    )
     command = "make gpu-proof" if options.also else "python benchmarks/gpu_proof.py"
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "rows": [rows[key] for key in keys],
+        "rows": [rows[key] for key in keys if key in rows],
+        "left_out": len(keys) - len(rows),
     }
 
 
@@ -108,8 +115,8 @@ def _inspector() -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 
-def _rows_with(folder: Path, sample: int | None) -> list[dict[str, Any]]:
-    """The rows of this run's main formats with the Triton in a folder."""
+def _run_with(folder: Path, sample: int | None) -> dict[str, Any]:
+    """The document of this run's main formats with the Triton in a folder."""
     with tempfile.TemporaryDirectory(prefix="gpu-proof-") as scratch:
         path = Path(scratch) / "rows.json"
         own = sys.argv[1:]
@@ -123,16 +130,19 @@ def _rows_with(folder: Path, sample: int | None) -> list[dict[str, Any]]:
         status = subprocess.run(command, env=environment, check=False).returncode
         if not path.exists():
             raise SystemExit(f"the run with {folder} ended with {status} and no rows")
-        return json.loads(path.read_text())["rows"]
+        return json.loads(path.read_text())
 
 
-def about(rows: list[dict[str, Any]], seconds: float) -> list[str]:
+def about(document: dict[str, Any], seconds: float) -> list[str]:
     """What was covered, in words."""
+    rows = document["rows"]
     main_rows = [row for row in rows if row["main"]]
     configurations = len({row["config"] for row in main_rows if row["config"]})
     whole = sorted({row["scheme"] for row in main_rows if not row["default"]})
     kept = sum(row.get("seconds", 0) for row in rows)
+    left = document["left_out"]
     return [
+        *([f"**{left} kernels were left out for lack of time: run the command again to go on.**"] if left else []),
         f"{len(rows)} kernels were compiled for {len({row['architecture'] for row in rows})} architectures, each once "
         f"for all the products that it serves ({sum(row['serves'] for row in rows)}). Shapes [N, K]: "
         f"{', '.join(f'{n}×{k}' for n, k in proof_cases.SHAPES_NK)} (Llama-3-8B) and "

@@ -20,6 +20,7 @@ from autoq.profiler.gpu import Gpu, bandwidth_gb_s
 from autoq.scheme import Scheme
 from autoq.shadow import PackedStore
 from autoq.workload import LayerInfo, LinearCall, Phase, PhaseInfo, Workload
+from autoq_kernels.tolerance import TOLERANCE
 
 NONE, INT8 = candidates.parse("none"), candidates.parse("int8wo")
 SCHEMES = [NONE.scheme, INT8.scheme]
@@ -77,7 +78,7 @@ def test_a_profile_has_one_row_per_shape_and_scheme_and_measures_nothing_twice()
     assert int8["weight_bytes"] == 64 * 64 + 64 * 4
     assert 0 < int8["time_low_us"] <= int8["time_us"] <= int8["time_high_us"]
     assert int8["ratio"] == pytest.approx(int8["time_us"] / int8["baseline_us"])
-    assert int8["error"] < isolated_module.TOLERANCE[torch.bfloat16]
+    assert int8["error"] < TOLERANCE[torch.bfloat16]
     assert "int8" in int8["kernel"]
     assert len(kept) == 2  # one call per finished shape
     kept.clear()
@@ -318,7 +319,7 @@ def test_on_a_gpu_every_product_is_tuned_then_timed_and_the_row_names_what_ran(k
         assert (row["status"], row["time_us"], row["baseline_us"], row["ratio"]) == ("ok", 11.0, 40.0, 0.275)
         assert row["repeats"] == 5
         assert row["bandwidth_gb_s"] == pytest.approx(3000)
-        assert row["error"] < isolated_module.TOLERANCE[torch.bfloat16]
+        assert row["error"] < TOLERANCE[torch.bfloat16]
 
 
 def test_on_a_gpu_a_product_that_cannot_be_tuned_is_a_row_with_the_reason(kernels):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -32,6 +33,7 @@ def run(
     processes: int,
     cache: Path | None,
     progress: Callable[[str, Row, bool], None],
+    seconds: float = math.inf,
 ) -> None:
     """Compile and inspect each job.
 
@@ -40,8 +42,10 @@ def run(
         processes: how many at a time.
         cache: folder with a file for each result that is no error; they are not made again. None keeps nothing.
         progress: called with each hash, row (see `inspected`; ``error`` where that failed) and whether it was kept.
+        seconds: after which nothing is begun: of the rest only what was kept is reported.
     """
     waiting = list(jobs)
+    end = time.monotonic() + seconds
     lock = threading.Lock()
 
     def work() -> None:
@@ -54,6 +58,8 @@ def run(
             path = cache / f"{key}.json" if cache else None
             if path and path.exists():
                 row, kept = json.loads(path.read_text()), True
+            elif time.monotonic() >= end:
+                continue
             else:
                 child = child or _Child()
                 row, kept = child.result(one, disassemble), False

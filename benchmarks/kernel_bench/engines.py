@@ -18,10 +18,10 @@ from autoq.cache.fingerprint import last_level_cache_bytes
 from autoq.candidates import Candidate, LinearOp, Packed
 from autoq.candidates.base import load_cpu_kernels
 from autoq.numerics import int8_rows, relative_rms
-from autoq.profiler.isolated import TOLERANCE
 from autoq_kernels import layout
 from autoq_kernels.cpu import build
 from autoq_kernels.cpu.memory import use_large_pages
+from autoq_kernels.tolerance import TOLERANCE
 from kernel_bench.roofline import Row, rate_name
 
 _PACKED_ROWS = 512

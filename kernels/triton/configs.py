@@ -111,7 +111,9 @@ def default(form: Header, m: int) -> Config:
 def _gemv(form: Header, m: int) -> tuple[Config, ...]:
     if m > GEMV_ROWS:
         return ()
-    paired = m == 1 and form.kind is Kind.AFFINE and form.group_size >= 2 * unit(form)
+    # Two planes or whole numbers take registers that a second block would need.
+    simple = form.kind is Kind.AFFINE and form.bits in (4, 8) and not dynamic(form, m)
+    paired = m == 1 and simple and form.group_size >= 2 * unit(form)
     found = []
     for block_n, warps in ((8, 2), (4, 2), (2, 2), (4, 4), (8, 4), (2, 8)):
         threads_k = 32 * warps * unit(form)
@@ -139,6 +141,7 @@ _TILES = (
 )
 # Codes of two planes take many registers to decode, sums scaled group by group to keep: 64 x 128 would spill.
 _LEAN_TILES = tuple(tile for tile in _TILES if tile != (64, 128, 64, 4, 4))
+_INT8_TILES = tuple((32, 64, 64, 4, 4) if tile[0] == 32 else tile for tile in _TILES)  # 32 x 128 spills on sm_120
 # Rows of int8 that start at any byte are loaded byte by byte.
 _SCATTERED_TILES = ((16, 64, 64, 4, 4), (64, 64, 64, 4, 4))
 
@@ -148,8 +151,8 @@ def _gemm(form: Header, m: int) -> tuple[Config, ...]:
     whole = grouped and dynamic(form, m)
     m = m_bucket(m)
     tiles = _LEAN_TILES if whole or form.bits in (3, 5, 6) else _TILES
-    if form.kind is Kind.INT8 and form.k % 16:
-        tiles = _SCATTERED_TILES
+    if form.kind is Kind.INT8:
+        tiles = _SCATTERED_TILES if form.k % 16 else _INT8_TILES
     if m > _MANY_ROWS:
         tiles = tiles[::-1]  # the widest first: each decodes its weights once
     found = []
