@@ -431,4 +431,5 @@ def test_default_configurations_and_a_sample_of_the_others(tmp_path):
     names = {name for _, name in families}
     assert families == {(family, name) for family in ("gemv", "gemm", "dequantize") for name in names}
     assert len(names) == 6
-    assert sum(not one["default"] for one in rows) >= 24
+    assert len(rows) >= 6 * 16 + 24  # the typical defaults of six architectures, and the sample
+    assert not all(one["default"] for one in rows)
