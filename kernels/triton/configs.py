@@ -126,6 +126,7 @@ def _gemv(form: Header, m: int) -> tuple[Config, ...]:
                 Config(family="gemv", block_m=m, block_n=block_n, block_k=block_k, split_k=split_k, warps=warps)
             )
     enough = [one for one in found if -(-form.n // one.block_n) * one.split_k >= _ENOUGH]
+    enough.sort(key=lambda one: one.split_k)
     first = enough[0] if enough else max(found, key=lambda one: -(-form.n // one.block_n) * one.split_k)
     return tuple(dict.fromkeys((first, *found)))
 
@@ -139,8 +140,9 @@ _TILES = (
     (64, 64, 64, 4, 4),
     (128, 128, 64, 8, 3),
 )
-# Codes of two planes take many registers to decode, sums scaled group by group to keep: 64 x 128 would spill.
-_LEAN_TILES = tuple(tile for tile in _TILES if tile != (64, 128, 64, 4, 4))
+# Some would spill: codes of two planes take many registers to decode, sums scaled group by group many to keep.
+_PLANES_TILES = tuple(tile for tile in _TILES if tile[:2] not in ((32, 128), (64, 128)))
+_WHOLE_TILES = tuple(tile for tile in _TILES if tile[:2] not in ((64, 128), (128, 128)))
 _INT8_TILES = tuple((32, 64, 64, 4, 4) if tile[0] == 32 else tile for tile in _TILES)  # 32 x 128 spills on sm_120
 # Rows of int8 that start at any byte are loaded byte by byte.
 _SCATTERED_TILES = ((16, 64, 64, 4, 4), (64, 64, 64, 4, 4))
@@ -150,7 +152,7 @@ def _gemm(form: Header, m: int) -> tuple[Config, ...]:
     grouped = form.kind is Kind.AFFINE
     whole = grouped and dynamic(form, m)
     m = m_bucket(m)
-    tiles = _LEAN_TILES if whole or form.bits in (3, 5, 6) else _TILES
+    tiles = _WHOLE_TILES if whole else _PLANES_TILES if form.bits in (3, 5, 6) else _TILES
     if form.kind is Kind.INT8:
         tiles = _SCATTERED_TILES if form.k % 16 else _INT8_TILES
     if m > _MANY_ROWS:
