@@ -152,7 +152,8 @@ def _gemm(form: Header, m: int) -> tuple[Config, ...]:
     grouped = form.kind is Kind.AFFINE
     whole = grouped and dynamic(form, m)
     m = m_bucket(m)
-    tiles = _WHOLE_TILES if whole else _PLANES_TILES if form.bits in (3, 5, 6) else _TILES
+    planes = form.bits in (3, 5, 6) and form.group_size != 32  # with steps of 32 inputs the wide tiles are small enough
+    tiles = _WHOLE_TILES if whole else _PLANES_TILES if planes else _TILES
     if form.kind is Kind.INT8:
         tiles = _SCATTERED_TILES if form.k % 16 else _INT8_TILES
     if m > _MANY_ROWS:
