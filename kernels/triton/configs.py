@@ -105,7 +105,7 @@ def space(form: Header, m: int) -> tuple[Config, ...]:
 
 def default(form: Header, m: int) -> Config:
     """What runs where nothing was tuned: the gemv up to its few rows, the gemm above."""
-    return (_gemv(form, m) or _gemm(form, m))[0]
+    return space(form, m)[0]
 
 
 def _gemv(form: Header, m: int) -> tuple[Config, ...]:

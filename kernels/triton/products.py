@@ -17,7 +17,7 @@ from autoq_kernels import layout, ops
 from autoq_kernels.layout import Header, Kind
 from autoq_kernels.triton import configs, gemm, gemv, library_kernels
 from autoq_kernels.triton.configs import Config
-from autoq_kernels.triton.launching import run
+from autoq_kernels.triton.launching import Launch, run
 from autoq_kernels.triton.weight import Weight
 
 GEMV = "triton.gemv"
@@ -122,11 +122,7 @@ def choices(form: Header, m: int, dtype: torch.dtype, *, has_column_scale: bool)
         dtype: of x.
         has_column_scale: whether the weight has one; ``form`` says so too.
     """
-    found = [default_choice(form, m, dtype)]
-    for config in configs.space(form, m):
-        method = GEMV if config.family == "gemv" else GEMM
-        if why_not(method, form, m, dtype) is None:
-            found.append(Choice(method=method, config=config))
+    found = [default_choice(form, m, dtype), *_configured(form, m, dtype)]
     found += [
         Choice(method=method)
         for method in (DEQUANTIZE, INT4PACK, INT_MM, LINEAR)
@@ -140,12 +136,17 @@ def default_choice(form: Header, m: int, dtype: torch.dtype) -> Choice:
     """What runs where nothing was tuned."""
     if m >= _DEQUANTIZED_ROWS and why_not(DEQUANTIZE, form, m, dtype) is None:
         return Choice(method=DEQUANTIZE)
-    for config in (configs.default(form, m), *configs.space(form, m)):
-        method = GEMV if config.family == "gemv" else GEMM
-        if why_not(method, form, m, dtype) is None:
-            return Choice(method=method, config=config)
+    configured = _configured(form, m, dtype)
+    if configured:
+        return configured[0]
     others = (LINEAR, DEQUANTIZE, PLAIN)
     return next(Choice(method=method) for method in others if why_not(method, form, m, dtype) is None)
+
+
+def _configured(form: Header, m: int, dtype: torch.dtype) -> list[Choice]:
+    """The choices of the tuning space that can compute a product, in its order."""
+    found = (Choice(method=f"triton.{config.family}", config=config) for config in configs.space(form, m))
+    return [choice for choice in found if why_not(choice.method, form, m, dtype) is None]
 
 
 def multiply(choice: Choice, x_MK: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -163,15 +164,11 @@ def multiply(choice: Choice, x_MK: Tensor, weight: Weight, bias: Tensor | None) 
     return _MULTIPLY[choice.method](x_MK, weight, bias, choice.config)
 
 
-def _gemv(x_MK: Tensor, weight: Weight, bias: Tensor | None, config: Config) -> Tensor:
+def _launched(
+    launches: Callable[..., list[Launch]], x_MK: Tensor, weight: Weight, bias: Tensor | None, config: Config
+) -> Tensor:
     y_MN = x_MK.new_empty(len(x_MK), weight.form.n)
-    run(gemv.launches(x_MK, weight, bias, y_MN, config))
-    return y_MN
-
-
-def _gemm(x_MK: Tensor, weight: Weight, bias: Tensor | None, config: Config) -> Tensor:
-    y_MN = x_MK.new_empty(len(x_MK), weight.form.n)
-    run(gemm.launches(x_MK, weight, bias, y_MN, config))
+    run(launches(x_MK, weight, bias, y_MN, config))
     return y_MN
 
 
@@ -180,8 +177,8 @@ def _plain(x_MK: Tensor, weight: Weight, bias: Tensor | None, config: None) -> T
 
 
 _MULTIPLY: dict[str, Callable[..., Tensor]] = {
-    GEMV: _gemv,
-    GEMM: _gemm,
+    GEMV: functools.partial(_launched, gemv.launches),
+    GEMM: functools.partial(_launched, gemm.launches),
     DEQUANTIZE: lambda x_MK, weight, bias, config: library_kernels.aten_linear(x_MK, weight, bias),
     INT4PACK: lambda x_MK, weight, bias, config: library_kernels.int4pack(x_MK, weight, bias),
     INT_MM: lambda x_MK, weight, bias, config: library_kernels.int_mm(x_MK, weight, bias),
