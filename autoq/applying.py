@@ -13,7 +13,7 @@ from autoq import candidates
 from autoq.candidates import Candidate, LinearOp, Packed
 from autoq.errors import CandidateError, ModelError, PlanError
 from autoq.modules import QuantLinear, find_linears, quantized_layers, replace_modules, unwrap
-from autoq.plan import Plan
+from autoq.plan import Plan, whole_units
 from autoq.scheme import NONE, Scheme
 
 Progress = Callable[[str, str, int, int], None]
@@ -327,9 +327,8 @@ def _changed(plan: Plan, schemes: Mapping[str, Scheme]) -> Plan:
     """The plan with these layers; the plan itself if they are what it says, else without its measured figures."""
     if schemes == {name: candidates.parse(scheme).scheme for name, scheme in plan.layers.items()}:
         return plan
-    units = {name: layers for name, layers in plan.units.items() if all(layer in schemes for layer in layers)}
     kept = {key: value for key, value in plan.provenance.items() if key not in ("measured", "predicted")}
-    return replace(plan, layers=schemes, units=units, provenance=kept | {"edited": True})
+    return replace(plan, layers=schemes, units=whole_units(plan.units, schemes), provenance=kept | {"edited": True})
 
 
 def _differences(skipped: list[SkippedLayer], unmatched: tuple[str, ...], missing: tuple[str, ...]) -> str:

@@ -16,6 +16,7 @@ import click
 
 from autoq import __version__
 from autoq.errors import AutoqError
+from autoq.leases import PATIENCE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -152,6 +153,12 @@ def _limit_options(command: _Command) -> _Command:
 )
 @click.option("--n-trials", type=click.IntRange(min=1), help="Most plans whose loss is measured.")
 @click.option("--storage", help="Optuna storage URL, or journal:PATH. Default: a journal in the cache folder.")
+@click.option(
+    "--tie",
+    "ties",
+    multiple=True,
+    help="Layers that get one scheme: 'siblings' (q, k, v; gate, up; experts), or a pattern of names. Repeatable.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed and measurements, the same plan.")
 @_rows_option
 @_json_option
@@ -185,6 +192,58 @@ def tune(
     _print_table(terminal.summary(result.plan, title=f"{loaded.source}, judged by {source}"))
     _print_notes(result.notes)
     click.echo(f"Written: {', '.join(files.values())}")
+
+
+@cli.command(epilog=_example("autoq worker smollm2 --storage postgresql+psycopg://autoq@db/autoq --wait 3600"))
+@click.argument("model")
+@click.option("--storage", required=True, help="The Optuna storage URL, or journal:PATH, that tune was given.")
+@click.option("--study", help="The study's name. Default: the newest unfinished one for this model and text.")
+@_text_option
+@_rows_option
+@click.option("--wait", type=click.FloatRange(min=0), default=0.0, help="Seconds to wait for tune to publish a study.")
+@click.option(
+    "--patience",
+    type=click.IntRange(min=2),
+    default=PATIENCE,
+    show_default=True,
+    help="Seconds without a sign of life after which another worker counts as dead and its plan is measured again.",
+)
+@_json_option
+def worker(
+    *,
+    model: str,
+    storage: str,
+    study: str | None,
+    text: Path | None,
+    rows: int,
+    wait: float,
+    patience: int,
+    as_json: bool,
+) -> None:
+    """Help a search on this machine: measure plans of MODEL until it is done.
+
+    Nothing is profiled and nothing is written but the study in the storage.
+
+    MODEL is a Hugging Face folder, a .gguf file, module:function or smollm2; the same as tune's, with the same text.
+    """
+    import signal
+
+    from autoq.workers import work
+
+    # As Ctrl-C does, hand the plan back at once: clusters end processes so.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with _progress() as progress:
+            loaded, batches, _ = _prepared(model, text, rows, progress)
+            found = work(
+                loaded.model, batches, storage=storage, study=study, wait_s=wait, patience=patience, progress=progress
+            )
+    except KeyboardInterrupt:
+        raise Stopped("Stopped. What was measured is kept in the study; its other workers go on.") from None
+    if as_json:
+        _print_json({"study": found.study_name, "plans": len(found.points), "evaluations": found.evaluations})
+        return
+    click.echo(f"{found.study_name}: {len(found.points)} plans measured in all, {found.evaluations} evaluations here.")
 
 
 @cli.command(epilog=_example("autoq apply smollm2 out/plan.json --output smollm2-quantized"))

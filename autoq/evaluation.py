@@ -20,6 +20,8 @@ from autoq.shadow import Shadow
 EvalFn = Callable[[nn.Module], "float | Tensor"]
 _RESAMPLES = 2000
 _CONFIDENCE = 0.95
+_MOST_ROWS = 64
+_FIDELITIES = (8, 4, 1)  # a plan is measured on this part of the batches first, then on more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +33,14 @@ class Difference:
         low: lower end of the 95 % bootstrap interval over samples (rows, not tokens).
         high: its upper end.
         samples: how many pairs.
+        rows: the pairs' differences, in the order of the samples; of many, the means of at most 64 equal runs of them.
     """
 
     mean: float
     low: float
     high: float
     samples: int
+    rows: tuple[float, ...] = ()
 
 
 class Bounded(Protocol):
@@ -66,23 +70,31 @@ def paired(losses: Tensor, baseline: Tensor, *, seed: int = 0) -> Difference:
     change = (losses.double() - baseline.double()).cpu()
     mean = change.mean().item()
     if change.numel() == 1:
-        return Difference(mean=mean, low=mean, high=mean, samples=1)
+        return Difference(mean=mean, low=mean, high=mean, samples=1, rows=(mean,))
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(change.numel(), (_RESAMPLES, change.numel()), generator=generator)
     means = change[picks].mean(dim=1)
     tail = (1 - _CONFIDENCE) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Difference(mean=mean, low=low, high=high, samples=change.numel())
+    runs = torch.split(change, -(-change.numel() // _MOST_ROWS))
+    rows = tuple(run.mean().item() for run in runs)
+    return Difference(mean=mean, low=low, high=high, samples=change.numel(), rows=rows)
 
 
-def model_losses(model: nn.Module, batches: Sequence[Batch], metric: Metric) -> Tensor:
+def model_losses(model: nn.Module, batches: Sequence[Batch], metric: Metric, *, first: int = 0) -> Tensor:
     """One loss per sample of all batches, float32 [samples].
+
+    Args:
+        model: what runs.
+        batches: what it runs on.
+        metric: makes losses of its outputs.
+        first: the first batch's number, by which the metric knows it.
 
     Raises:
         InputError: if a loss is NaN.
     """
     with evaluating(model), torch.no_grad():
-        parts = [metric.losses(batch.call(model), index, batch).cpu() for index, batch in enumerate(batches)]
+        parts = [metric.losses(batch.call(model), index, batch).cpu() for index, batch in enumerate(batches, first)]
     return _checked(torch.cat(parts), metric.name)
 
 
@@ -126,21 +138,34 @@ class LossMeter:
         self.eval_repeats = eval_repeats
         self.forms = forms or PhaseForms.extremes(list(shadow.store.modules))
         self._baseline: dict[int, Tensor] = {}
+        self._last: tuple[dict[str, Scheme], int, Tensor] | None = None  # assignment, batches, losses
         self.levels = self._levels()
 
     def _levels(self) -> tuple[int, ...]:
-        """Fidelities: a quarter of the batches first, then all of them."""
-        quarter = len(self.batches) // 4
-        return (quarter, len(self.batches)) if quarter >= 1 and self.eval_fn is None else (len(self.batches),)
+        """Fidelities: an eighth of the batches first, a quarter, then all of them; with ``eval_fn`` only all."""
+        everything = len(self.batches)
+        if self.eval_fn is not None:
+            return (everything,)
+        return tuple(sorted({everything // part for part in _FIDELITIES} - {0}))
 
     def losses(self, assignment: Mapping[str, Scheme], level: int = -1) -> Tensor:
-        """One loss per sample under an assignment without mixes, at a fidelity of ``levels``."""
+        """One loss per sample under an assignment without mixes, at a fidelity of ``levels``.
+
+        Of the assignment measured last, only the batches that a higher fidelity adds are run.
+        """
         self.shadow.assign(assignment)
         if self.eval_fn is not None:
             return self._user_losses(self.eval_fn)
-        batches = self.batches[: self.levels[level]]
-        with self.shadow.exact_products():
-            return model_losses(self.shadow.model, batches, self.metric)
+        count, begin, parts = self.levels[level], 0, []
+        if self._last is not None and self._last[0] == assignment and self._last[1] <= count:
+            begin, parts = self._last[1], [self._last[2]]
+        if begin < count:
+            with self.shadow.exact_products():
+                added = self.batches[begin:count]
+                parts.append(model_losses(self.shadow.model, added, self.metric, first=begin))
+        losses = torch.cat(parts)
+        self._last = (dict(assignment), count, losses)
+        return losses
 
     def _user_losses(self, eval_fn: EvalFn) -> Tensor:
         with evaluating(self.shadow.model), torch.no_grad():
@@ -163,6 +188,13 @@ class LossMeter:
             count = self._samples(self.levels[level])
             self._baseline[level] = losses[:count]
         return self._baseline[level]
+
+    def remember(self, baseline: Tensor) -> None:
+        """Take the unquantized model's losses, float32 [samples] at full fidelity, from an earlier run.
+
+        Not for metrics that compare outputs with the unquantized model's.
+        """
+        self._baseline[len(self.levels) - 1] = baseline
 
     def _samples(self, batches: int) -> int:
         """How many samples the first batches hold; every batch gives the same number unless it is the last."""
@@ -208,6 +240,10 @@ class Additive:
     def to(self, loss: float) -> float:
         """A measured loss on the additive scale."""
         return loss if self.limit is None else math.copysign(loss * loss, loss) / self.limit
+
+    def slope(self, loss: float) -> float:
+        """Derivative of ``to``."""
+        return 1.0 if self.limit is None else 2.0 * abs(loss) / self.limit
 
     def back(self, value: float) -> float:
         """A value on the additive scale as a loss."""

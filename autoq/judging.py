@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from autoq import candidates as schemes
-from autoq import sensitivity
+from autoq import pairs, sensitivity
 from autoq.cache import SensitivityCache
 from autoq.candidates import Candidate
+from autoq.errors import ModelError
 from autoq.evaluation import Additive, Difference, LossMeter, largest
 from autoq.losses import Batch
 from autoq.scheme import Scheme
-from autoq.search import Assignment, Budget, Evaluation, PlanPoint, SearchResult
+from autoq.search import Assignment, Budget, Evaluation, PlanPoint, Problem, SearchResult
 from autoq.search_values import pareto
+
+_log = logging.getLogger(__name__)
 
 _SCORED_TOKENS = 2048  # tokens whose gradients are taken
 _SCORED_BATCHES = 8  # the same for models without tokens
@@ -40,6 +45,7 @@ class Judge:
         folder: of the cache.
         seed: of the scores' random draws.
         scale: on which losses of layers add up.
+        tokens: how many were run through the model so far, whole or from a block on; only ``pairs`` are counted.
     """
 
     model: nn.Module
@@ -49,6 +55,7 @@ class Judge:
     folder: Path
     seed: int
     scale: Additive
+    tokens: Counter[str] = field(default_factory=Counter)
 
     def scores(self, progress: Callable[[str, int, int], None]) -> list[dict[str, Any]]:
         """Sensitivity rows of all layers and candidates; only schemes without cached rows are scored.
@@ -76,13 +83,73 @@ class Judge:
                 seed=self.seed,
                 progress=progress,
             )
-            cache.append(new)
-            have |= {(row["layer"], row["scheme"]): row for row in new}
+            for row in new:
+                key = (row["layer"], row["scheme"])
+                have[key] = have.get(key, {}) | row
+            cache.append(have[row["layer"], row["scheme"]] for row in new)
         return [
             have[layer, str(form)] | {"scheme": str(scheme)}
             for (layer, scheme), form in wanted.items()
             if (layer, str(form)) in have
         ]
+
+    def measured_pairs(
+        self,
+        problem: Problem,
+        budget: Budget,
+        scores: Sequence[Mapping[str, Any]],
+        progress: Callable[[str, int, int], None],
+        *,
+        count: int = pairs.COUNT,
+    ) -> list[dict[str, Any]]:
+        """The sensitivity rows, with the losses measured one at a time where the decision is close.
+
+        What was measured before, for whatever budget, is there too. Pass the rows to ``pairs.calibrated``.
+
+        Args:
+            problem: with the scores as losses.
+            budget: objective and limits.
+            scores: what ``scores`` returned.
+            progress: called with (layer and scheme, done, total).
+            count: pairs wanted; a mix counts as what it is in the phase with the most rows.
+        """
+        cache = SensitivityCache(self.folder, self.identity)
+        have = {(row["layer"], row["scheme"]): row for row in cache.rows()}
+        form = {(row["layer"], row["scheme"]): self._form(row["layer"], row["scheme"]) for row in scores}
+        close = dict.fromkeys(
+            (layer, form[layer, scheme]) for layer, scheme in pairs.close(problem, budget, scores, count)
+        )
+        missing = [pair for pair in close if have[pair]["measured"] is None]
+        if missing:
+            batches, tokens = pairs.sample(self.meter.batches, self.meter.metric)
+            try:
+                found = self._measure(missing, batches, progress)
+            except ModelError as problem_found:
+                _log.warning("scores are not calibrated by measurements: %s", problem_found)
+                found = {}
+            self.tokens["pairs"] += tokens * (len(found) + 1)
+            for pair, loss in found.items():
+                have[pair] |= {"measured": loss.mean, "measured_low": loss.low, "measured_high": loss.high}
+            cache.append(have[pair] for pair in found)
+        return [have[row["layer"], form[row["layer"], row["scheme"]]] | {"scheme": row["scheme"]} for row in scores]
+
+    def _form(self, layer: str, scheme: str) -> str:
+        """What a scheme is on a layer in the phase with the most rows."""
+        forms = self.meter.forms
+        return str(forms.scheme(layer, Scheme.parse(scheme), forms.largest))
+
+    def _measure(
+        self, missing: Sequence[pairs.Pair], batches: Sequence[Batch], progress: Callable[[str, int, int], None]
+    ) -> dict[pairs.Pair, Difference]:
+        return pairs.measure(
+            self.model,
+            self.meter.shadow.store,
+            self.meter.metric,
+            batches,
+            [(layer, Scheme.parse(scheme)) for layer, scheme in missing],
+            seed=self.seed,
+            progress=progress,
+        )
 
     def _scored(self) -> list[Batch]:
         """The batches that gradients are taken on: the first ones, up to a number of tokens or batches."""
@@ -116,7 +183,9 @@ class Judge:
 
     def _evaluation(self, found: Difference) -> Evaluation:
         mean, low, high = (self.scale.to(one) for one in (found.mean, found.low, found.high))
-        return Evaluation(loss_delta=mean, low=low, high=high, samples=found.samples)
+        slope = self.scale.slope(found.mean)
+        rows = tuple(mean + slope * (row - found.mean) for row in found.rows)
+        return Evaluation(loss_delta=mean, low=low, high=high, samples=found.samples, rows=rows)
 
     def in_every_phase(
         self, found: SearchResult, budget: Budget

@@ -49,8 +49,17 @@ def frontier(problem: Problem, *, objective: Literal["time", "bytes"] = "time") 
             steps.append((slope, index, position, b))
     points = [_point(problem, current)]
     for _, index, _, option in sorted(steps):
+        before, after = problem.units[index].options[current[index]], problem.units[index].options[option]
         current[index] = option
-        points.append(_point(problem, current))
+        last = points[-1]
+        points.append(
+            Point(
+                tuple(current),
+                last.time_us + (after.time_us - before.time_us),
+                last.loss + (after.loss - before.loss),
+                last.bytes + (after.bytes - before.bytes),
+            )
+        )
     return points
 
 

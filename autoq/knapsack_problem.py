@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from autoq.errors import SearchError
 
@@ -151,6 +151,41 @@ class Problem:
                 raise SearchError("the layers of a unit share one scheme", where=unit.name, got=sorted(wanted))
             indices.append(_first_of(unit, (wanted.pop(),)))
         return tuple(indices)
+
+    def to_json(self) -> dict[str, Any]:
+        """The form kept in a study: scheme names once, a unit's options as columns."""
+        schemes = list(dict.fromkeys(option.scheme for unit in self.units for option in unit.options))
+        number = {scheme: index for index, scheme in enumerate(schemes)}
+        return {
+            "schemes": schemes,
+            "units": [
+                {
+                    "name": unit.name,
+                    **({} if unit.layers == (unit.name,) else {"layers": list(unit.layers)}),
+                    "scheme": [number[option.scheme] for option in unit.options],
+                    "time_us": [float(option.time_us) for option in unit.options],
+                    "loss": [float(option.loss) for option in unit.options],
+                    "bytes": [int(option.bytes) for option in unit.options],
+                }
+                for unit in self.units
+            ],
+            "fixed_time_us": self.fixed_time_us,
+            "fixed_bytes": self.fixed_bytes,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Problem:
+        """Read the form kept in a study."""
+        units = []
+        for one in value["units"]:
+            columns = zip(one["scheme"], one["time_us"], one["loss"], one["bytes"], strict=True)
+            options = [
+                Option(scheme=value["schemes"][scheme], time_us=time, loss=loss, bytes=size)
+                for scheme, time, loss, size in columns
+            ]
+            layers = one.get("layers", [one["name"]])
+            units.append(Unit(name=one["name"], layers=tuple(layers), options=tuple(options)))
+        return cls(units=tuple(units), fixed_time_us=value["fixed_time_us"], fixed_bytes=value["fixed_bytes"])
 
 
 class Point(NamedTuple):

@@ -56,6 +56,7 @@ class LossModel:
         # A scheme that costs nothing anywhere has nothing to correct.
         self.schemes = sorted({o.scheme for unit in problem.units for o in unit.options if o.loss != 0.0})
         self.names = tuple([f"family:{f}" for f in self.families] + [f"scheme:{s}" for s in self.schemes])
+        self._known_shares: dict[Assignment, Floats] = {}
 
     def corrected(self, multipliers: Mapping[str, float]) -> Problem:
         """The problem with its losses multiplied."""
@@ -126,11 +127,14 @@ class LossModel:
 
     def _shares(self, assignment: Assignment) -> Floats:
         """The plan's uncorrected loss by family and scheme."""
-        share_FS = np.zeros((len(self.families), len(self.schemes)))
-        for option, family in zip(self.problem.options(assignment), self.family_of, strict=True):
-            if option.scheme in self.schemes:
-                share_FS[self.families.index(family), self.schemes.index(option.scheme)] += option.loss
-        return share_FS
+        found = self._known_shares.get(assignment)
+        if found is None:
+            found = np.zeros((len(self.families), len(self.schemes)))
+            for option, family in zip(self.problem.options(assignment), self.family_of, strict=True):
+                if option.scheme in self.schemes:
+                    found[self.families.index(family), self.schemes.index(option.scheme)] += option.loss
+            self._known_shares[assignment] = found
+        return found
 
 
 def neighbours(problem: Problem, base: PlanPoint, budget: Budget) -> Iterator[Assignment]:

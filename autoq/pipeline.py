@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from autoq import candidates as schemes
-from autoq import language, search, sensitivity
-from autoq.cache import Fingerprint, ProfileCache, default_folder
+from autoq import language, pairs, search, sensitivity, studies
+from autoq.cache import Fingerprint, ProfileCache, SensitivityCache, default_folder
 from autoq.calibration import Progress, Timer, calibrate
 from autoq.candidates import Candidate
 from autoq.errors import InputError, ModelError
 from autoq.evaluation import Additive, EvalFn, LossBudget, LossMeter, loss_budget
 from autoq.judging import Judge
-from autoq.losses import Batch, LossFn, as_batches, default_metric, is_causal_lm
+from autoq.losses import Batch, LossFn, TokenNLL, as_batches, default_metric, is_causal_lm
 from autoq.modules import FilterFn, find_linears, unwrap
 from autoq.phase_forms import PhaseForms
 from autoq.profiler import LatencyModel, isolated_times, profile
@@ -34,6 +35,7 @@ from autoq.scheme import NONE, Scheme
 from autoq.search import Budget, Option, PlanPoint, Problem, SearchResult, Unit
 from autoq.shadow import PackedStore, Shadow
 from autoq.summary import family as role
+from autoq.ties import Ties, checked, units
 from autoq.verdict import Evidence, choose, finished_plan, front_rows, layers_of
 from autoq.workload import LayerInfo, Phase, Workload
 
@@ -62,6 +64,7 @@ def tune(
     filter_fn: FilterFn | None = None,
     n_trials: int | None = None,
     storage: str | None = None,
+    ties: Ties | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TuneResult:
@@ -87,6 +90,10 @@ def tune(
         filter_fn: ``filter_fn(name, linear) -> bool``; False leaves a layer alone.
         n_trials: plans whose loss is measured, at most.
         storage: Optuna storage URL, or ``journal:PATH``; default a journal file in ``cache_dir``.
+        ties: which layers get one scheme together. By default (``layers``) each decides alone. ``siblings``: those that
+            the same module calls with the same inputs (q, k and v; gate and up), and a block's experts role by role.
+            Regular expressions tie the layers whose whole names they match with the same captured groups, such as
+            ``(.*)[.](?:q|k|v)_proj``; among them, ``siblings`` stands for the siblings that no expression matches.
         seed: the same seed and the same measurements give the same plan.
         progress: called with (stage, text, done, total).
 
@@ -98,6 +105,7 @@ def tune(
         InputError: batches, phases or limits are not usable, or a loss is NaN.
         ModelError: the model has no linear layer that can be quantized, or NaN weights.
         CacheError: the cache folder cannot be written.
+        SearchError: the storage cannot be used.
     """
     settings = Settings(
         loss_fn=loss_fn,
@@ -112,6 +120,7 @@ def tune(
         filter_fn=filter_fn,
         n_trials=n_trials or TRIALS,
         storage=storage,
+        ties=checked(ties),
         seed=seed,
     )
     return Tuning(model, batches, phases, settings, progress).run()
@@ -184,6 +193,9 @@ class Tuning:
             reasons = "; ".join(f"{one.name}: {one.reason or 'never called'}" for one in self.workload.layers[:5])
             raise ModelError("the model has a linear layer that is called and may be quantized", got=reasons)
         self.layers = [layer.name for layer in self.workload.quantizable]
+        self.units = units(self.workload, self.settings.ties, self.settings.candidates)
+        if self.settings.ties:
+            self.note(f"{len(self.layers)} layers are decided in {len(self.units)} units.")
         self.store = PackedStore(self.model, self.layers)
         metric = default_metric(self.model, self.batches, self.settings.loss_fn)
         self.meter = LossMeter(
@@ -198,15 +210,17 @@ class Tuning:
 
     def run(self) -> TuneResult:
         """All stages."""
+        if self.settings.storage is not None:
+            studies.open_storage(self.settings.storage)  # refused now rather than after the measurements
         self.prepare()
         rows = self._profile()
         self.say("baseline", "loss of the unquantized model", 0, 1)
-        baseline = float(self.meter.baseline().double().mean())
+        baseline = float(self._baseline().double().mean())
         budget = self._budget(baseline)
         self.scale = Additive(limit=budget.max_increase or None) if self.metric_name == "relative_rms" else Additive()
         self.say("baseline", budget.text, 1, 1)
         judge = self._judge()
-        scores = judge.scores(lambda text, done, total: self.say("sensitivity", text, done, total))
+        scores = judge.scores(partial(self.say, "sensitivity"))
         offered = [one.scheme for one in self.settings.candidates]
         isolated = isolated_times(self.workload, rows, offered)
         measured_on = {"weights": self.weights_hash, "device": self.fingerprint.key}
@@ -219,8 +233,12 @@ class Tuning:
             identity=measured_on,
             folder=self.folder,
         )
-        problem = self._problem(isolated, latency, scores)
         limits = self._limits(budget)
+        # Which pairs are worth measuring is seen from the problem that the scores alone make.
+        problem = self._problem(isolated, latency, {(row["layer"], row["scheme"]): row["score"] for row in scores})
+        scores = judge.measured_pairs(problem, limits, scores, partial(self.say, "sensitivity"))
+        losses = pairs.calibrated(scores, {layer: family(layer, self.layers) for layer in self.layers})
+        problem = self._problem(isolated, latency, losses)
         found, phase_losses = judge.in_every_phase(self._search(problem, limits, judge), limits)
         finalists, none_label = self._finalists(problem, found)
         times = self.timer.time({label: layers_of(problem, one) for label, one in finalists.items()}, "verify")
@@ -376,13 +394,12 @@ class Tuning:
             progress=lambda text, done, total: self.say("profile", text, done, total),
         )
 
-    def _identity(self) -> dict[str, str]:
-        """What losses depend on: weights, inputs, metric, version."""
+    def identity(self) -> dict[str, str]:
+        """What losses depend on besides the metric: weights, inputs, version."""
         tensors = [one for batch in self.batches for one in (*batch.args, *batch.kwargs.values())]
         return {
             "weights": self.weights_hash,
             "batches": sensitivity.content_hash([one for one in tensors if isinstance(one, Tensor)]),
-            "metric": self.metric_name,
             "autoq": version("autoq"),
             "seed": str(self.settings.seed),
         }
@@ -394,16 +411,60 @@ class Tuning:
             self._weights_hash = sensitivity.content_hash([*self.model.parameters(), *self.model.buffers()])
         return self._weights_hash
 
+    def _baseline(self) -> Tensor:
+        """The unquantized model's losses; kept from an earlier run where nothing else depends on its outputs."""
+        if self.settings.eval_fn is not None or not isinstance(self.meter.metric, TokenNLL):
+            return self.meter.baseline()
+        cache = SensitivityCache(self.folder, self._judged_by())
+        kept = cache.baseline()
+        if kept is not None:
+            self.meter.remember(torch.tensor(kept, dtype=torch.float32))
+        else:
+            cache.keep_baseline(self.meter.baseline().tolist())
+        return self.meter.baseline()
+
+    def _judged_by(self) -> dict[str, str]:
+        """What losses depend on, the metric included."""
+        return self.identity() | {"metric": self.metric_name}
+
     def _judge(self) -> Judge:
         return Judge(
             model=self.model,
             meter=self.meter,
             candidates=self.settings.candidates,
-            identity=self._identity(),
+            identity=self._judged_by(),
             folder=self.folder,
             seed=self.settings.seed,
             scale=self.scale,
         )
+
+    def rejoined(self, recipe: Mapping[str, Any]) -> Judge:
+        """What judges plans like the tuning that published a study; nothing is recorded or profiled.
+
+        Args:
+            recipe: the study's; see ``_recipe``.
+        """
+        self.store = PackedStore(self.model, recipe["layers"])
+        self.meter = LossMeter(
+            Shadow(self.model, self.store),
+            default_metric(self.model, self.batches, self.settings.loss_fn),
+            self.batches,
+            eval_fn=self.settings.eval_fn,
+            forms=PhaseForms(rows=recipe["rows"]),
+        )
+        self.scale = Additive(limit=recipe["limit"])
+        return self._judge()
+
+    def _recipe(self) -> dict[str, Any]:
+        """What ``rejoined`` needs besides the model, the batches and the settings, as JSON values."""
+        rows = {phase: dict(rows) for phase, rows in self.meter.forms.rows.items()}
+        offered = [str(one.scheme) for one in self.settings.candidates]
+        return {
+            "layers": list(self.store.modules),
+            "candidates": offered,
+            "rows": rows,
+            "limit": self.scale.limit,
+        }
 
     # -- search ----------------------------------------------------------------------------------------------------
 
@@ -411,23 +472,31 @@ class Tuning:
         self,
         isolated: Mapping[tuple[str, Scheme, str], float],
         latency: LatencyModel,
-        scores: Sequence[Mapping[str, Any]],
+        losses: Mapping[tuple[str, str], float],
     ) -> Problem:
-        score = {(row["layer"], row["scheme"]): row["score"] for row in scores}
+        """The knapsack of the units' schemes; ``losses`` are those of (layer, scheme)."""
         phases = [phase.name for phase in self.workload.phases]
-        units = []
-        for layer in self.workload.quantizable:
-            options = []
-            for candidate in self.settings.candidates:
-                scheme = candidate.scheme
-                if (layer.name, scheme, phases[0]) not in isolated:
-                    continue
-                time = sum(latency.calls[p] * latency.layer_us(layer.name, scheme, p) for p in phases)
-                loss = 0.0 if scheme == NONE else self.scale.score(score[layer.name, str(scheme)])
-                options.append(Option(scheme=str(scheme), time_us=time, loss=loss, bytes=self._bytes(layer, candidate)))
-            units.append(Unit(name=layer.name, layers=(layer.name,), options=tuple(options)))
+
+        def option(layers: Sequence[str], candidate: Candidate) -> Option:
+            scheme = candidate.scheme
+            return Option(
+                scheme=str(scheme),
+                time_us=sum(latency.calls[p] * latency.layer_us(one, scheme, p) for one in layers for p in phases),
+                loss=0.0 if scheme == NONE else sum(self.scale.score(losses[one, str(scheme)]) for one in layers),
+                bytes=sum(self._bytes(infos[one], candidate) for one in layers),
+            )
+
+        infos = {layer.name: layer for layer in self.workload.quantizable}
+        found = []
+        for name, layers in self.units.items():
+            measured = [
+                candidate
+                for candidate in self.settings.candidates
+                if all((layer, candidate.scheme, phases[0]) in isolated for layer in layers)
+            ]
+            found.append(Unit(name=name, layers=layers, options=tuple(option(layers, one) for one in measured)))
         fixed = sum(latency.calls[phase] * latency.fixed_us[phase] for phase in phases)
-        return Problem(units=tuple(units), fixed_time_us=fixed, fixed_bytes=self._other_bytes())
+        return Problem(units=tuple(found), fixed_time_us=fixed, fixed_bytes=self._other_bytes())
 
     def _bytes(self, layer: LayerInfo, candidate: Candidate) -> int:
         """Bytes the layer adds to the model; packed, it adds its own also where it was tied."""
@@ -462,10 +531,12 @@ class Tuning:
             problem,
             evaluate=judge.evaluate,
             budget=budget,
-            families={unit.name: family(unit.name, self.layers) for unit in problem.units},
+            families={unit.name: family(unit.layers[0], self.layers) for unit in problem.units},
             uniform={name: problem.uniform(name) for name in offered},
             storage=self.settings.storage or str(self.folder / "studies" / f"{self.weights_hash}.journal"),
             fingerprint=judge.fingerprint,
+            identity=judge.identity,
+            recipe=self._recipe(),
             n_trials=self.settings.n_trials,
             fidelities=len(self.meter.levels),
             seed=self.settings.seed,

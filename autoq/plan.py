@@ -24,7 +24,7 @@ class Plan:
 
     Attributes:
         layers: layer name → scheme. A layer that is not named stays as it is.
-        units: unit name → the layers that were decided together.
+        units: unit name → the layers that were decided together. They have one scheme; a layer is in one unit at most.
         phases: phase name → calls per request, what the plan was tuned for.
         kernels: device → shape and M bucket → kernel, as they ran.
         model: what besides the linears was decided (KV cache, attention, lm_head).
@@ -45,10 +45,14 @@ class Plan:
         if len(layers) != len(self.layers):
             raise PlanError("a plan names each layer once", got=", ".join(sorted(self.layers)))
         object.__setattr__(self, "layers", layers)
-        object.__setattr__(self, "units", {k: tuple(v) for k, v in self.units.items()})
+        units = {name: tuple(map(plain_name, group)) for name, group in self.units.items()}
+        _check_units(units, layers)
+        object.__setattr__(self, "units", units)
 
     def replace(self, changes: Mapping[str, Scheme | str | Mapping[str, Value]]) -> Plan:
         """A new plan with some layers' schemes changed; its measured figures are dropped.
+
+        Units whose layers have different schemes then are dropped too.
 
         Raises:
             PlanError: if a named layer is not in the plan.
@@ -62,7 +66,8 @@ class Plan:
             )
         layers = dict(self.layers) | {plain_name(k): Scheme.of(v) for k, v in changes.items()}
         kept = {k: v for k, v in self.provenance.items() if k not in ("measured", "predicted")}
-        return replace(self, layers=layers, provenance=kept | {"edited": True})
+        units = whole_units(self.units, layers)
+        return replace(self, layers=layers, units=units, provenance=kept | {"edited": True})
 
     def counts(self) -> dict[str, int]:
         """How many layers got each scheme, the most used first."""
@@ -114,15 +119,22 @@ class Plan:
         for section in _SECTIONS[2:]:
             if not isinstance(value.get(section, {}), dict):
                 raise PlanError(f"$.{section} is an object", where=where)
-        _check_units(value, where)
-        return cls(
-            layers={name: _scheme(name, scheme, where) for name, scheme in value["layers"].items()},
-            units=value.get("units", {}),
-            phases=_numbers(value.get("phases", {}), where),
-            kernels=value.get("kernels", {}),
-            model=value.get("model", {}),
-            provenance=value.get("provenance", {}),
-        )
+        for unit, group in value.get("units", {}).items():
+            if not isinstance(group, list) or not all(isinstance(layer, str) for layer in group):
+                raise PlanError(f"{_unit_path(unit)} is a list of layers of the plan", where=where, got=repr(group))
+        layers = {name: _scheme(name, scheme, where) for name, scheme in value["layers"].items()}
+        phases = _numbers(value.get("phases", {}), where)
+        try:
+            return cls(
+                layers=layers,
+                units=value.get("units", {}),
+                phases=phases,
+                kernels=value.get("kernels", {}),
+                model=value.get("model", {}),
+                provenance=value.get("provenance", {}),
+            )
+        except PlanError as problem:
+            raise PlanError(problem.rule, where=where, got=problem.got, fix=problem.fix) from problem
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically: the old file stays until the new one is complete.
@@ -167,6 +179,15 @@ def plain_name(name: str) -> str:
     return name
 
 
+def whole_units(units: Mapping[str, tuple[str, ...]], layers: Mapping[str, Scheme]) -> dict[str, tuple[str, ...]]:
+    """The units whose layers are all among ``layers``, under one scheme."""
+    return {
+        unit: group
+        for unit, group in units.items()
+        if layers.keys() >= set(group) and len({layers[layer] for layer in group}) == 1
+    }
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen = dict(pairs)
     if len(seen) != len(pairs):
@@ -186,13 +207,27 @@ def _scheme(name: str, value: Any, where: str) -> Scheme:
         raise PlanError(f"{path}: {problem.rule}", where=where, got=problem.got, fix=problem.fix) from problem
 
 
-def _check_units(value: Mapping[str, Any], where: str) -> None:
-    for unit, layers in value.get("units", {}).items():
-        known = isinstance(layers, list) and all(name in value["layers"] for name in layers)
-        if not known:
+def _check_units(units: Mapping[str, tuple[str, ...]], layers: Mapping[str, Scheme]) -> None:
+    """Refuse units of unknown layers, of layers with different schemes, or that share a layer."""
+    owners: dict[str, str] = {}
+    for unit, group in units.items():
+        unknown = [layer for layer in group if layer not in layers]
+        if unknown:
+            raise PlanError(f"{_unit_path(unit)} is a list of layers of the plan", got=", ".join(unknown[:5]))
+        schemes = sorted({str(layers[layer]) for layer in group})
+        if len(schemes) > 1:
             raise PlanError(
-                f"$.units[{json.dumps(unit)}] is a list of layers of the plan", where=where, got=repr(layers)
+                f"{_unit_path(unit)}: its layers have one scheme",
+                got=", ".join(schemes),
+                fix="Give them the same scheme, or take the unit out of the plan.",
             )
+        shared = [layer for layer in group if owners.setdefault(layer, unit) != unit]
+        if shared:
+            raise PlanError(f"{_unit_path(unit)}: a layer is in one unit", got=", ".join(shared[:5]))
+
+
+def _unit_path(unit: str) -> str:
+    return f"$.units[{json.dumps(unit)}]"
 
 
 def _numbers(phases: Mapping[str, Any], where: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Which plan to measure next: a function of the finished trials alone, so that an interrupted search goes on alike.
+"""Which plan to measure next: a function of the trials so far alone, so that an interrupted search goes on alike.
 
 Array suffixes: P measured plans.
 """
@@ -6,25 +6,36 @@ Array suffixes: P measured plans.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from autoq.errors import SearchError
-from autoq.knapsack import Assignment, solve
+from autoq.hypervolume import gain_and_noise, improvements
+from autoq.knapsack import Assignment, Metric, frontier, solve
 from autoq.loss_model import LossModel, neighbours
 from autoq.search_values import Budget, PlanPoint, Source
 
-# Natural logarithms of the share of the limit that the frontier plans spend, the likeliest first.
-_LOSS_TARGETS = (0.0, -0.3, 0.2, -0.6, 0.1, -0.15, -0.95, -0.45)
-_HARD_TARGETS = (0.0, -0.02, -0.05, -0.1)
-_LOSS_RANGE, _HARD_RANGE = (-1.0, 0.3), (-0.1, 0.0)
+# Natural logarithm of the share of the limit that trials spend; of a limit on time or bytes they leave little.
+_LOSS_RANGE, _HARD_RANGE = (-2.0, 0.3), (-0.1, 0.0)
 # Trials move the fitted log-multipliers by up to a factor of two.
 _OFFSET = 0.7
+# How many plans of the refitted frontier come before Optuna's.
+_FRONTIER_PLANS = 8
+# After those every third is one of Optuna's and a local move by turns.
+_EVERY = 3
 # How many trials in a row may repeat known plans.
 _REPEATS = 5
+# A plan at the limit is tried for at least this relative gain.
+_WORTHWHILE = 2e-4
+# When the search has converged, so many plans at the limit may still fail to be the best.
+_LIMIT_TRIES = 2
+# The search ends when this many trials together gained no more than chance would.
+_PATIENCE = 6
+# A measured plan corrects predictions of plans with about its loss: half-width as a ratio of losses.
+_NEARBY = 0.4
 
 
 class Proposal(NamedTuple):
@@ -36,19 +47,44 @@ class Proposal(NamedTuple):
     params: Mapping[str, float] | None = None
 
 
+class _View(NamedTuple):
+    """What a proposal rests on.
+
+    Attributes:
+        points: every plan measured, once.
+        plans: what each finished trial noted of its plan, in order.
+        pending: the plans that others are measuring.
+        fitted: the model's log-multipliers as fitted to the points.
+        turn: how many plans there are that were not given.
+    """
+
+    points: Sequence[PlanPoint]
+    plans: Sequence[Mapping[str, Any]]
+    pending: Sequence[Assignment]
+    fitted: Mapping[str, float]
+    turn: int
+
+    @property
+    def taken(self) -> set[Assignment]:
+        """The plans that need not be proposed again."""
+        return {point.assignment for point in self.points} | set(self.pending)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposer:
-    """Proposes the uniform plans, then the frontier's, then in turn a refitted one, Optuna's and a local move.
+    """Proposes the given plans, then some of the frontier's, then by turns those, Optuna's and local moves.
 
     Attributes:
         budget: objective and limits.
         model: the additive model of the loss, without corrections.
         uniform: the uniform plans by name.
+        known: plans whose losses an earlier search measured; they cost nothing and teach the model.
     """
 
     budget: Budget
     model: LossModel
     uniform: Mapping[str, Assignment]
+    known: Sequence[Assignment] = ()
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -57,67 +93,167 @@ class Proposer:
         return dict.fromkeys(self.model.names, (-_OFFSET, _OFFSET)) | {"target": target}
 
     def propose(
-        self, points: Sequence[PlanPoint], plans: Sequence[Mapping[str, Any]], n_trials: int
+        self,
+        points: Sequence[PlanPoint],
+        plans: Sequence[Mapping[str, Any]],
+        n_trials: int,
+        pending: Sequence[Mapping[str, Any]] = (),
     ) -> Proposal | None:
-        """The next trial; None when done.
+        """The next trial; None when done, or when what others are measuring has to be waited for.
 
         Args:
             points: every plan measured, once.
             plans: what each finished trial noted of its plan, in order.
-            n_trials: how many different plans are wanted.
+            n_trials: how many different plans are wanted at most, the known ones not counted.
+            pending: what the trials that others are measuring noted of their plans.
         """
-        seen = {point.assignment for point in points}
+        others = [tuple(plan["assignment"]) for plan in pending]
+        taken = {point.assignment for point in points} | set(others)
         for label, assignment in self.uniform.items():
-            if assignment not in seen:
+            if assignment not in taken:
                 return Proposal("uniform", label, assignment)
-        if len(seen) >= n_trials:
+        for number, assignment in enumerate(self.known):
+            if assignment not in taken:
+                return Proposal("known", f"known {number}", assignment)
+        if not points or len(taken - set(self.known)) >= n_trials:
             return None
-        fitted = self.model.fit(points)
-        labels = {point.label for point in points}
-        targets = _LOSS_TARGETS if self.budget.primary == "loss" else _HARD_TARGETS
-        for target in targets:
-            label = f"frontier {target:+g}"
-            if label not in labels:
-                proposal = self._on_frontier(label, target, fitted, points)
-                if proposal is not None:
-                    return proposal
-        steps = (
-            lambda: self._on_frontier(f"refit {len(seen)}", 0.0, fitted, points),
-            lambda: self._by_optuna(plans),
-            lambda: self._local(fitted, points),
-        )
-        for turn in range(3):
-            proposal = steps[(len(seen) + turn) % 3]()
+        turn = len(taken) - len(set(self.uniform.values()))
+        view = _View(points, plans, others, self.model.fit(points), turn)
+        for step in self._steps(view):
+            proposal = step(view)
             if proposal is not None:
                 return proposal
         return None
 
-    def _on_frontier(
-        self, label: str, target: float, fitted: Mapping[str, float], points: Sequence[PlanPoint]
-    ) -> Proposal | None:
-        params = dict.fromkeys(self.model.names, 0.0) | {"target": target}
-        assignment = self.decode(params, fitted, points)
-        if any(point.assignment == assignment for point in points):
-            return None
-        return Proposal("frontier", label, assignment, params)
+    def _steps(self, view: _View) -> list[Callable[[_View], Proposal | None]]:
+        """What to try, in this order."""
+        if self.converged(view.points):
+            last = view.points[-_LIMIT_TRIES:]
+            best = min(self._fitting(view.points), default=math.inf)
+            tried = all(
+                point.label.startswith("limit") and not (point.full and point.value(self.budget.metric) <= best)
+                for point in last
+            )
+            return [] if tried else [self._at_limit]
+        others = [self._by_optuna, self._local] if view.turn // _EVERY % 2 else [self._local, self._by_optuna]
+        if view.turn >= _FRONTIER_PLANS and view.turn % _EVERY == 0:
+            return [self._at_limit, *others, self._into_gap]
+        return [self._at_limit, self._into_gap, *others]
 
-    def _by_optuna(self, plans: Sequence[Mapping[str, Any]]) -> Proposal | None:
+    def _fitting(self, points: Sequence[PlanPoint]) -> list[float]:
+        """The objective of the fully measured plans within the limits."""
+        return [p.value(self.budget.metric) for p in points if p.full and p.excess(self.budget) == 0]
+
+    def converged(self, points: Sequence[PlanPoint]) -> bool:
+        """Whether the last trials gained no hypervolume beyond what chance would."""
+        chosen = [point for point in points if point.source != "uniform"]
+        if len(chosen) < _FRONTIER_PLANS + _PATIENCE:
+            return False
+        refined = chosen[-_PATIENCE:]
+        rows = max(len(point.evaluation.rows) for point in points)
+        comparable = [point for point in points if point.full and 1 < len(point.evaluation.rows) == rows]
+        recent = [point for point in comparable if point in refined]
+        older = [point for point in comparable if point not in refined]
+        if not recent:
+            return True
+        gain, noise = gain_and_noise(
+            [point.value(self.budget.axis) for point in (*older, *recent)],
+            [point.evaluation.rows for point in (*older, *recent)],
+            recent=len(recent),
+            reference=self.reference(points),
+        )
+        return gain <= noise
+
+    def reference(self, points: Sequence[PlanPoint]) -> tuple[float, float]:
+        """The corner of the box in which plans are worth having: (time or bytes, loss)."""
+        limits, axis = self.budget.limits, self.budget.axis
+        uniform = [p for p in points if p.source == "uniform" and math.isfinite(p.evaluation.loss_delta)] or points
+        return (
+            limits.get(axis, max(point.value(axis) for point in uniform)),
+            limits.get("loss", max(point.evaluation.loss_delta for point in uniform)),
+        )
+
+    def _at_limit(self, view: _View) -> Proposal | None:
+        """The best plan within the limits as the fitted model sees it, if it beats the best that was measured."""
+        params = dict.fromkeys(self.model.names, 0.0) | {"target": 0.0}
+        assignment = self.decode(params, view.fitted, view.points)
+        expected = self.model.predict(view.fitted, assignment)
+        if self.budget.metric != "loss":
+            expected = self.model.problem.value(assignment, self.budget.metric)
+        best = min(self._fitting(view.points), default=math.inf)
+        if assignment in view.taken or expected > best - _WORTHWHILE * abs(expected):
+            return None
+        return Proposal("frontier", f"limit {view.turn}", assignment, params)
+
+    def _into_gap(self, view: _View) -> Proposal | None:
+        """The frontier's plan that should add most to what the measured plans cover, and the pending ones will."""
+        axis, limits, problem = self.budget.axis, self.budget.limits, self.model.problem
+        hard: list[Metric] = [metric for metric in ("time", "bytes") if metric in limits]
+        plans = [
+            point
+            for point in frontier(self.model.corrected(view.fitted), objective=axis)
+            if all(problem.value(point.assignment, metric) <= limits[metric] for metric in hard)
+        ]
+        losses = self._debiased([point.loss for point in plans], view)
+        candidates = [
+            (point.time_us if axis == "time" else float(point.bytes), loss)
+            for point, loss in zip(plans, losses, strict=True)
+        ]
+        known = [
+            (p.value(axis), p.evaluation.loss_delta) for p in view.points if math.isfinite(p.evaluation.loss_delta)
+        ]
+        known += [(problem.value(one, axis), self.model.predict(view.fitted, one)) for one in view.pending]
+        gains = improvements(candidates, known, self.reference(view.points))
+        taken = view.taken
+        for index in sorted(range(len(plans)), key=lambda i: -gains[i]):
+            if gains[index] > 0 and plans[index].assignment not in taken:
+                params = dict.fromkeys(self.model.names, 0.0) | {"target": self._target(plans[index].loss)}
+                return Proposal("frontier", f"gap {view.turn}", plans[index].assignment, params)
+        return None
+
+    def _target(self, loss: float) -> float:
+        """The parameter that stands for spending this much, within the range of it."""
+        low, high = self.ranges["target"]
+        limit = self.budget.limits.get("loss", 0.0)
+        if self.budget.primary != "loss" or limit <= 0 or loss <= 0:
+            return high if self.budget.primary != "loss" else low
+        return min(max(math.log(loss / limit), low), high)
+
+    def _debiased(self, losses: Sequence[float], view: _View) -> list[float]:
+        """Predicted losses, corrected by how far the model is off on measured plans with about the same loss."""
+        known = [
+            (point.evaluation.loss_delta, self.model.predict(view.fitted, point.assignment))
+            for point in view.points
+            if point.source != "uniform" and math.isfinite(point.evaluation.loss_delta)
+        ]
+        pairs = np.log(np.array([pair for pair in known if min(pair) > 0.0]).reshape(-1, 2))
+        found = []
+        for loss in losses:
+            if loss <= 0.0 or not len(pairs):
+                found.append(loss)
+                continue
+            weight_P = np.exp(-0.5 * ((pairs[:, 1] - math.log(loss)) / _NEARBY) ** 2)
+            bias = float(weight_P @ (pairs[:, 0] - pairs[:, 1]) / (weight_P.sum() + 1.0))
+            found.append(loss * math.exp(bias))
+        return found
+
+    def _by_optuna(self, view: _View) -> Proposal | None:
         """A trial whose parameters the sampler chooses, unless it has run dry of new plans."""
-        recent = plans[-_REPEATS:]
+        recent = view.plans[-_REPEATS:]
         if len(recent) == _REPEATS and all(plan["source"] == "optuna" and plan["repeated"] for plan in recent):
             return None
         return Proposal("optuna", "optuna")
 
-    def _local(self, fitted: Mapping[str, float], points: Sequence[PlanPoint]) -> Proposal | None:
+    def _local(self, view: _View) -> Proposal | None:
         """The best unmeasured neighbour of the best plan: one switch, or one that gains and one that pays for it."""
-        full = [point for point in points if point.full]
+        full = [point for point in view.points if point.full]
         if not full:
             return None
+        taken = view.taken
         base = min(full, key=lambda point: (point.excess(self.budget), point.value(self.budget.metric)))
-        seen = {point.assignment for point in points}
-        for assignment in neighbours(self.model.corrected(fitted), base, self.budget):
-            if assignment not in seen:
-                return Proposal("local", f"local {len(seen)}", assignment)
+        for assignment in neighbours(self.model.corrected(view.fitted), base, self.budget):
+            if assignment not in taken:
+                return Proposal("local", f"local {view.turn}", assignment)
         return None
 
     def decode(

@@ -27,6 +27,7 @@ from autoq.results import Settings
 from autoq.scheme import NONE, Scheme
 from autoq.search import Objective
 from autoq.shadow import PackedStore, Shadow
+from autoq.ties import Ties, checked
 from autoq.workload import Phase
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def autoquant(
     keep_float: bool = False,
     n_trials: int | None = None,
     storage: str | None = None,
+    ties: Ties | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -83,6 +85,7 @@ def autoquant(
         keep_float: keep the float layers in memory, so that ``autoq.restore`` can bring them back.
         n_trials: as in ``autoq.tune``.
         storage: as in ``autoq.tune``.
+        ties: as in ``autoq.tune``.
         seed: as in ``autoq.tune``.
         progress: as in ``autoq.tune``.
 
@@ -98,6 +101,7 @@ def autoquant(
         "objective": objective,
         "max_latency_us": max_latency_us,
         "max_weight_bytes": max_weight_bytes,
+        "ties": list(checked(ties)) or None,
     }
     path = Path(plan) if isinstance(plan, str | Path) else None
     found = plan if isinstance(plan, Plan) else Plan.load(path) if path is not None and path.exists() else None

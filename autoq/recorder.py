@@ -10,7 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from autoq.errors import InputError, ModelError
 from autoq.losses import Batch, as_batches, is_causal_lm
 from autoq.modules import FilterFn, LinearSite, evaluating, find_linears, other_weights, unwrap
+from autoq.siblings import Inputs, siblings
 from autoq.workload import LayerInfo, LinearCall, Phase, PhaseInfo, Workload
 
 FORWARD = "forward"
@@ -33,7 +34,7 @@ class Recording:
     """What was recorded.
 
     Attributes:
-        workload: layers, calls and phases.
+        workload: layers, calls, phases and siblings.
         samples: layer → phase → rows [at most ``samples_per_layer``, K] of the activations that entered the layer, on
             the CPU in the dtype they are multiplied in, drawn uniformly from all rows of the phase. Only of layers that
             may be quantized.
@@ -122,6 +123,7 @@ class Recorder:
         self._rows = samples_per_layer
         self._seed = seed
         self._calls: Counter[tuple[str, str, int, str]] = Counter()
+        self._inputs = Inputs()
         self._samples: dict[str, dict[str, _Reservoir]] = {}
         self._reads: dict[str, _WatchedParameters] = {}
         self._read_directly: set[str] = set()
@@ -187,6 +189,7 @@ class Recorder:
                 PhaseInfo(name=name, calls=one.calls, synthesised=one.synthesised) for name, one in weights.items()
             ),
         )
+        workload = replace(workload, siblings=siblings(self._root, workload.quantizable, workload.calls, self._inputs))
         usable = {layer.name for layer in workload.layers if layer.reason is None}
         samples = {
             layer: {phase: reservoir.rows for phase, reservoir in found.items()}
@@ -219,6 +222,7 @@ class Recorder:
             dtype = torch.get_autocast_dtype(x.device.type)
         m = x.shape[:-1].numel()
         self._calls[site.name, phase, m, str(dtype).removeprefix("torch.")] += 1
+        self._inputs.add(site.name, x)
         if site.reason is not None or self._rows < 1 or m == 0:
             return
         found = self._samples.setdefault(site.name, {})

@@ -17,12 +17,13 @@ from autoq.modules import FilterFn
 from autoq.plan import Plan
 from autoq.scheme import Scheme
 from autoq.search import Budget, Problem
+from autoq.ties import tied
 from autoq.workload import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TRIALS = 12  # plans whose loss is measured, unless told otherwise
+TRIALS = 40  # plans whose loss is measured at most, unless told otherwise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,7 @@ class Settings:
     filter_fn: FilterFn | None = None
     n_trials: int = TRIALS
     storage: str | None = None
+    ties: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,7 +56,7 @@ class Settings:
         if self.n_trials < 1:
             raise InputError("n_trials is at least 1", got=self.n_trials)
 
-    def request(self) -> dict[str, float | int | str | None]:
+    def request(self) -> dict[str, float | int | str | list[str] | None]:
         """What a plan file is compared with when it is replayed."""
         return {
             "max_degradation": self.max_degradation,
@@ -62,6 +64,7 @@ class Settings:
             "objective": self.objective,
             "max_latency_us": self.max_latency_us,
             "max_weight_bytes": self.max_weight_bytes,
+            "ties": list(self.ties) or None,
         }
 
 
@@ -163,5 +166,8 @@ class TuneResult:
             "max_weight_bytes": max_weight_bytes,
         }
         return replace(
-            self.plan, layers=layers, provenance=kept | {"budget": limits, "predicted": predicted, "retargeted": True}
+            self.plan,
+            layers=layers,
+            units=tied(self.problem),
+            provenance=kept | {"budget": limits, "predicted": predicted, "retargeted": True},
         )

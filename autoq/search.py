@@ -8,23 +8,24 @@ into a near-optimal plan. After every trial the multipliers are fitted again to 
 imply is tried.
 
 Everything is kept in the Optuna study, including each single evaluation, and what comes next depends only on the
-finished trials: an interrupted search continues as if nothing had happened and repeats no evaluation.
+finished trials and those being measured: an interrupted search continues as if nothing had happened, any number of
+processes share one, and no finished evaluation is repeated.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoq import studies
+from autoq.definition import Definition, load, publish
 from autoq.errors import SearchError
 from autoq.knapsack import Assignment, Option, Point, Problem, Solution, Unit, frontier, solve
+from autoq.leases import PATIENCE
 from autoq.loss_model import LossModel
-from autoq.proposals import Proposal, Proposer
+from autoq.proposals import Proposer
 from autoq.search_values import (
     Budget,
     Certificate,
@@ -35,9 +36,9 @@ from autoq.search_values import (
     Progress,
     SearchResult,
     Source,
-    hopeless,
     pareto,
 )
+from autoq.trials import Run
 
 if TYPE_CHECKING:
     import optuna
@@ -59,6 +60,7 @@ __all__ = [
     "Source",
     "Unit",
     "frontier",
+    "join",
     "retarget",
     "search",
     "solve",
@@ -91,12 +93,17 @@ def search(
     fidelities: int = 2,
     seed: int = 0,
     study_name: str = "autoq",
+    identity: Mapping[str, str] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    patience: int = PATIENCE,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Measure up to ``n_trials`` plans and return the best, with everything learned on the way.
 
     A plan is measured at fidelity 0, and at the next only while its interval leaves it a chance: not surely over
     the limits, and no fully measured plan is both faster and surely better.
+
+    Any number of processes may search the same at once, or ``join`` the study: they share the plans among them.
 
     Args:
         problem: units and options with their modelled time, predicted loss and bytes.
@@ -107,186 +114,141 @@ def search(
         storage: where the study is kept: a file's path (or ``journal:PATH``) or any Optuna storage URL.
         fingerprint: identifies weights, tokens and loss. Evaluations of other studies in the storage with the same
             fingerprint are reused; a study for another problem, budget or seed is another study.
-        n_trials: different plans to measure in all, the uniform ones and those of an interrupted run included.
+        n_trials: different plans to measure in all, the uniform ones and those of an interrupted run included; plans
+            that other studies have measured already are not counted.
         fidelities: how many fidelities ``evaluate`` knows.
         seed: the same seed and the same measurements give the same result.
         study_name: prefix of the study's name; a hash of what the study depends on is appended.
+        identity: what the fingerprint is made of, in clear, for workers to tell what differs.
+        recipe: JSON values with which a worker makes the same ``evaluate``.
+        patience: seconds without a sign of life after which another process counts as dead and its plan is retried.
         progress: called after each plan.
 
     Raises:
         SearchError: if arguments do not fit the problem or the storage cannot be used.
     """
-    model = LossModel(problem, families, None if budget.metric == "loss" else budget.max_loss)
+    definition = Definition(
+        problem=problem,
+        families=families,
+        uniform=uniform,
+        budget=budget,
+        fidelities=fidelities,
+        seed=seed,
+        fingerprint=fingerprint,
+        identity=identity or {},
+        recipe=recipe or {},
+    )
+    _proposer(definition)  # checks the families
     if n_trials < 1 or fidelities < 1:
         raise SearchError(
             "n_trials and fidelities must be at least 1", got=f"n_trials={n_trials}, fidelities={fidelities}"
         )
     for assignment in uniform.values():
         problem.options(assignment)
-    opened = studies.open_storage(storage)
-    depends_on = {
-        "fingerprint": fingerprint,
-        "problem": repr(problem),
-        "families": sorted(families.items()),
-        "uniform": list(uniform.items()),
-        "budget": repr(budget),
-        "fidelities": fidelities,
-        "seed": seed,
-    }
-    run = _Run(
-        study=studies.open_study(opened, study_name, depends_on),
-        problem=problem,
+    with studies.told(storage):
+        opened = studies.open_storage(storage, patience)
+        definition = replace(definition, known=_known(opened, definition))
+        study = publish(opened, study_name, definition, n_trials)
+        # What the study was made with counts: more plans may be known by now.
+        study, definition = load(opened, study.study_name)
+        run = Run(
+            study=study,
+            storage=opened,
+            definition=definition,
+            evaluate=evaluate,
+            proposer=_proposer(definition),
+            patience=patience,
+        )
+        run.work(lambda: n_trials, progress)
+        return _result(run)
+
+
+def join(
+    opened: optuna.storages.BaseStorage,
+    study_name: str,
+    *,
+    evaluate: Evaluate,
+    patience: int = PATIENCE,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Help to search what a study says, until that is done.
+
+    Args:
+        opened: the storage, as ``autoq.studies.open_storage`` opens it.
+        study_name: the whole name of a study that ``search`` made.
+        evaluate: as the study's; see ``autoq.workers``.
+        patience: as in ``search``.
+        progress: called after each plan measured here.
+
+    Raises:
+        SearchError: if the study was made by another version of autoq.
+    """
+    study, definition = load(opened, study_name)
+    run = Run(
+        study=study,
+        storage=opened,
+        definition=definition,
         evaluate=evaluate,
-        budget=budget,
-        model=model,
-        proposer=Proposer(budget=budget, model=model, uniform=uniform),
-        fidelities=fidelities,
-        seed=seed,
-        cache=studies.evaluations(opened, fingerprint, fidelities),
+        proposer=_proposer(definition),
+        patience=patience,
     )
-    studies.drop_unstarted(run.study)
-    while (proposal := run.propose(n_trials)) is not None:
-        point = run.measure(proposal)
-        if progress is not None:
-            seen = len(run.points())
-            progress(seen, max(n_trials, seen), _describe(point))
-    return run.result()
+    run.work(lambda: int(study.user_attrs["n_trials"]), progress)
+    return _result(run)
 
 
-@dataclass(slots=True, kw_only=True)
-class _Run:
-    """One worker of a study. Besides the study it has only the cache of evaluations."""
+def _proposer(definition: Definition) -> Proposer:
+    budget = definition.budget
+    limit = None if budget.metric == "loss" else budget.max_loss
+    model = LossModel(definition.problem, definition.families, limit)
+    return Proposer(budget=budget, model=model, uniform=definition.uniform, known=definition.known)
 
-    study: optuna.Study
-    problem: Problem
-    evaluate: Evaluate
-    budget: Budget
-    model: LossModel
-    proposer: Proposer
-    fidelities: int
-    seed: int
-    cache: dict[tuple[str, int], Evaluation]
-    evaluations: int = 0
 
-    def points(self) -> list[PlanPoint]:
-        """Every plan measured by a finished trial, once."""
-        found: dict[Assignment, PlanPoint] = {}
-        for trial in studies.finished(self.study):
-            plan = trial.user_attrs["plan"]
-            if tuple(plan["assignment"]) not in found:
-                fidelity = max(f for f in range(self.fidelities) if f"evaluation:{f}" in trial.user_attrs)
-                evaluation = Evaluation.from_json(trial.user_attrs[f"evaluation:{fidelity}"])
-                point = self._point(plan, fidelity, evaluation)
-                found[point.assignment] = point
-        return list(found.values())
-
-    def _point(self, plan: Mapping[str, Any], fidelity: int, evaluation: Evaluation) -> PlanPoint:
+def _known(opened: optuna.storages.BaseStorage, definition: Definition) -> tuple[Assignment, ...]:
+    """Plans of this problem that other studies measured in full."""
+    problem, found = definition.problem, []
+    uniform = set(definition.uniform.values())
+    for plan in studies.Evaluations(opened, definition.fingerprint).plans(definition.fidelities - 1):
         assignment = tuple(plan["assignment"])
-        return PlanPoint(
-            assignment=assignment,
-            label=plan["label"],
-            source=plan["source"],
-            predicted_loss=plan["predicted_loss"],
-            time_us=self.problem.time_us(assignment),
-            bytes=self.problem.bytes(assignment),
-            evaluation=evaluation,
-            fidelity=fidelity,
-            full=fidelity == self.fidelities - 1,
+        same = len(assignment) == len(problem.units) and all(
+            index < len(unit.options) for index, unit in zip(assignment, problem.units, strict=True)
         )
-
-    def propose(self, n_trials: int) -> Proposal | None:
-        """The next trial; None when done."""
-        plans = [trial.user_attrs["plan"] for trial in studies.finished(self.study)]
-        return self.proposer.propose(self.points(), plans, n_trials)
-
-    def measure(self, proposal: Proposal) -> PlanPoint:
-        """Run one trial: decode it if Optuna chose, evaluate it as far as it deserves, tell the study."""
-        from optuna.trial import TrialState
-
-        points = self.points()
-        fitted = self.model.fit(points)
-        self.study.sampler = studies.sampler(self.seed, len(studies.finished(self.study)))
-        if proposal.params is not None:
-            self.study.enqueue_trial(dict(proposal.params))
-        trial = self.study.ask()
-        with contextlib.ExitStack() as stack:
-            # Interrupted: the trial fails, its finished evaluations stay in its attributes.
-            stack.callback(self.study.tell, trial, state=TrialState.FAIL)
-            assignment = proposal.assignment
-            if proposal.params is not None or assignment is None:
-                ranges = self.proposer.ranges
-                params = {name: trial.suggest_float(name, low, high) for name, (low, high) in ranges.items()}
-                assignment = assignment or self.proposer.decode(params, fitted, points)
-            repeated = any(point.assignment == assignment for point in points)
-            # One attribute is one write, and one flush of a journal file.
-            plan = {
-                "hash": studies.digest(self.problem.schemes(assignment)),
-                "assignment": list(assignment),
-                "source": proposal.source,
-                "label": proposal.label,
-                "predicted_loss": self.model.predict(fitted, assignment),
-                "repeated": repeated,
-            }
-            trial.set_user_attr("plan", plan)
-            point = self._evaluate(trial, plan, points)
-            stack.pop_all()
-        if point.full and math.isfinite(point.evaluation.high):
-            values = (point.value(self.budget.axis), point.evaluation.loss_delta)
-            trial.set_constraint("budget", point.excess(self.budget))
-            self.study.tell(trial, values)
-        else:
-            self.study.tell(trial, state=TrialState.PRUNED)
-        return point
-
-    def _evaluate(self, trial: optuna.Trial, plan: Mapping[str, Any], points: Sequence[PlanPoint]) -> PlanPoint:
-        """Evaluate at rising fidelity while the plan has a chance; each result is stored before the next."""
-        schemes = self.problem.schemes(tuple(plan["assignment"]))
-        for fidelity in range(self.fidelities):
-            key = (plan["hash"], fidelity)
-            if key not in self.cache:
-                self.cache[key] = self.evaluate(schemes, fidelity)
-                self.evaluations += 1
-            trial.set_user_attr(f"evaluation:{fidelity}", self.cache[key].to_json())
-            point = self._point(plan, fidelity, self.cache[key])
-            if hopeless(point, points, self.budget):
-                break
-        return point
-
-    def result(self) -> SearchResult:
-        points = self.points()
-        fitted = self.model.fit(points)
-        refitted = self.model.corrected(fitted)
-        full = [point for point in points if point.full]
-        fitting = sorted(
-            (point for point in full if point.excess(self.budget) == 0),
-            key=lambda point: (point.value(self.budget.metric), point.evaluation.loss_delta, point.assignment),
-        )
-        best = fitting[:3]
-        finalists = best + [point for point in fitting if point.source == "uniform" and point not in best][:3]
-        return SearchResult(
-            points=tuple(points),
-            pareto=pareto(full, self.budget.axis),
-            finalists=tuple(finalists),
-            refitted=refitted,
-            log_multipliers=fitted,
-            certificate=self._certificate(best[0], refitted, full) if best else None,
-            evaluations=self.evaluations,
-            study_name=self.study.study_name,
-        )
-
-    def _certificate(self, best: PlanPoint, refitted: Problem, measured: Sequence[PlanPoint]) -> Certificate | None:
-        loss_error = self.model.error(measured)
-        if loss_error is None:
-            return None
-        try:
-            bound = self.budget.solve(refitted).bound
-        except SearchError:  # the model thinks what was measured impossible: it has no bound to offer
-            return None
-        value = best.value(self.budget.metric)
-        gap = (value - bound) / abs(value) if value else 0.0
-        return Certificate(value=value, bound=bound, gap=gap, loss_error=loss_error)
+        # Another problem's numbers may stand for other schemes.
+        if same and assignment not in uniform and studies.digest(problem.schemes(assignment)) == plan["hash"]:
+            found.append(assignment)
+    return tuple(found)
 
 
-def _describe(point: PlanPoint) -> str:
-    stopped = "" if point.full else ", stopped early"
-    return f"{point.label}: {point.time_us:.0f} us, loss {point.evaluation.loss_delta:+.4g}{stopped}"
+def _result(run: Run) -> SearchResult:
+    points = run.points()
+    fitted = run.proposer.model.fit(points)
+    refitted = run.proposer.model.corrected(fitted)
+    full = [point for point in points if point.full]
+    fitting = sorted(
+        (point for point in full if point.excess(run.budget) == 0),
+        key=lambda point: (point.value(run.budget.metric), point.evaluation.loss_delta, point.assignment),
+    )
+    best = fitting[:3]
+    finalists = best + [point for point in fitting if point.source == "uniform" and point not in best][:3]
+    return SearchResult(
+        points=tuple(points),
+        pareto=pareto(full, run.budget.axis),
+        finalists=tuple(finalists),
+        refitted=refitted,
+        log_multipliers=fitted,
+        certificate=_certificate(run, best[0], refitted, full) if best else None,
+        evaluations=run.evaluations,
+        study_name=run.study.study_name,
+    )
+
+
+def _certificate(run: Run, best: PlanPoint, refitted: Problem, measured: Sequence[PlanPoint]) -> Certificate | None:
+    loss_error = run.proposer.model.error(measured)
+    if loss_error is None:
+        return None
+    try:
+        bound = run.budget.solve(refitted).bound
+    except SearchError:  # the model thinks what was measured impossible: it has no bound to offer
+        return None
+    value = best.value(run.budget.metric)
+    gap = (value - bound) / abs(value) if value else 0.0
+    return Certificate(value=value, bound=bound, gap=gap, loss_error=loss_error)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from autoq.errors import SearchError
 from autoq.knapsack import Assignment, Metric, Problem, Solution, solve
 
 Objective = Literal["latency", "memory", "loss"]
-Source = Literal["uniform", "frontier", "optuna", "local"]
+Source = Literal["uniform", "known", "frontier", "optuna", "local"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,12 +95,15 @@ class Evaluation:
         low: lower end of its 95 % interval, resampled by row.
         high: upper end.
         samples: rows measured.
+        rows: the differences of which ``loss_delta`` is the mean, in the order of the samples (at most 64 means of
+            equal runs of them); plans measured on the same samples are resampled together. Empty if not known.
     """
 
     loss_delta: float
     low: float
     high: float
     samples: int
+    rows: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.low <= self.loss_delta <= self.high:  # NaN fails too
@@ -115,15 +118,16 @@ class Evaluation:
         """Half the interval's width."""
         return (self.high - self.low) / 2
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, Any]:
         """The form kept in the study."""
-        return {name: getattr(self, name) for name in ("loss_delta", "low", "high", "samples")}
+        kept = {name: getattr(self, name) for name in ("loss_delta", "low", "high", "samples")}
+        return kept | {"rows": [float(f"{row:.6g}") for row in self.rows]}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, float]) -> Evaluation:
+    def from_json(cls, value: Mapping[str, Any]) -> Evaluation:
         """Read the form kept in the study."""
-        samples = int(value["samples"])
-        return cls(loss_delta=value["loss_delta"], low=value["low"], high=value["high"], samples=samples)
+        kept = {name: value[name] for name in ("loss_delta", "low", "high")}
+        return cls(**kept, samples=int(value["samples"]), rows=tuple(value.get("rows", ())))
 
 
 class Evaluate(Protocol):

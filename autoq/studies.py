@@ -1,18 +1,37 @@
-"""The search's Optuna study: where it is kept, and what it remembers of plans measured before."""
+"""The search's Optuna study: where it is kept, and what it remembers of plans measured."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+import re
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoq import leases
 from autoq.errors import SearchError
 from autoq.search_values import Evaluation
 
 if TYPE_CHECKING:
     import optuna
+
+# Optuna's modules that report each trial, and each study made.
+_TALKERS = (
+    "optuna.study.study",
+    "optuna.study._optimize",
+    "optuna.storages._in_memory",
+    "optuna.storages._rdb.storage",
+    "optuna.storages.journal._storage",
+)
+
+# Of workers that start together in an empty database one makes the tables, over which the others may trip.
+_OPENINGS = 3
 
 
 def digest(value: object) -> str:
@@ -21,31 +40,48 @@ def digest(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sampler(seed: int, finished: int) -> optuna.samplers.BaseSampler:
-    """TPE seeded by the number of finished trials, so that a resumed study draws what it would have drawn."""
-    import optuna
-
-    # A worker that died leaves its trial running; the liar would count it.
-    return optuna.samplers.TPESampler(seed=int(digest([seed, finished])[:8], 16), constant_liar=False)
+# -- storage -----------------------------------------------------------------------------------------------------------
 
 
-def open_storage(storage: str | Path) -> optuna.storages.BaseStorage:
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Optuna's reports on this thread's trials out of the log."""
+    thread = threading.get_ident()
+
+    def foreign(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    for name in _TALKERS:
+        logging.getLogger(name).addFilter(foreign)
+    try:
+        yield
+    finally:
+        for name in _TALKERS:
+            logging.getLogger(name).removeFilter(foreign)
+
+
+def open_storage(storage: str | Path, patience: int = leases.PATIENCE) -> optuna.storages.BaseStorage:
     """An Optuna storage from a URL, or a journal file from a path.
 
+    Args:
+        storage: URL, path, or ``journal:PATH``.
+        patience: seconds without a heartbeat after which a database's trial counts as a dead worker's; at least 2.
+
     Raises:
-        SearchError: if the file cannot be written or is no journal.
+        SearchError: if the storage cannot be opened.
     """
-    import optuna
+    if isinstance(storage, str) and "://" in storage:
+        return _open_database(storage, patience)
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    if isinstance(storage, str) and "://" in storage:
-        return optuna.storages.get_storage(storage)
     path = Path(str(storage).removeprefix("journal:"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        backend = JournalFileBackend(str(path))
-        _mend(path)
+        lock = _mending_lock(path)
+        backend = JournalFileBackend(str(path), lock_obj=lock)
+        lock.acquire()
+        lock.release()
         return JournalStorage(backend)
     except (OSError, ValueError) as problem:
         raise SearchError(
@@ -56,39 +92,117 @@ def open_storage(storage: str | Path) -> optuna.storages.BaseStorage:
         ) from problem
 
 
-def _mend(path: Path) -> None:
-    """Drop the journal's last line if a killed process left it unfinished: Optuna would refuse the whole file."""
+def _mending_lock(path: Path) -> optuna.storages.journal.JournalFileSymlinkLock:
+    """A journal's lock that drops the last line if a killed process left it unfinished.
+
+    The next line would be appended to it, and Optuna would refuse the whole file.
+    """
     from optuna.storages.journal import JournalFileSymlinkLock
 
-    lock = JournalFileSymlinkLock(str(path))
-    lock.acquire()
-    try:
-        with path.open("r+b") as stream:
-            content = stream.read()
-            if content and not content.endswith(b"\n"):
-                stream.truncate(content.rfind(b"\n") + 1)
-    finally:
-        lock.release()
+    class Lock(JournalFileSymlinkLock):
+        def acquire(self) -> bool:
+            super().acquire()
+            try:
+                _mend(path)
+            except BaseException:
+                self.release()
+                raise
+            return True
+
+    return Lock(str(path))
 
 
-def open_study(storage: optuna.storages.BaseStorage, prefix: str, depends_on: Mapping[str, Any]) -> optuna.Study:
-    """Open or create the study whose name ends in a hash of what it depends on, its fingerprint among it."""
+def _mend(path: Path) -> None:
+    with path.open("r+b") as stream:
+        if stream.seek(0, 2) == 0:
+            return
+        stream.seek(-1, 2)
+        if stream.read() != b"\n":
+            stream.seek(0)
+            stream.truncate(stream.read().rfind(b"\n") + 1)
+
+
+def _open_database(url: str, patience: int) -> optuna.storages.BaseStorage:
     import optuna
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(max(level, optuna.logging.WARNING))  # creating a study logs a line
+    arguments: dict[str, Any] = {"pool_pre_ping": True}  # connections may drop while a plan is measured
+    if url.startswith("postgresql+psycopg") and "connect_timeout" not in url:
+        arguments["connect_args"] = {"connect_timeout": 10}
+    failures = (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, LookupError, RuntimeError)
+    for attempt in range(_OPENINGS):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of heartbeats
+                database = optuna.storages.RDBStorage(
+                    url,
+                    engine_kwargs=arguments,
+                    heartbeat_interval=max(1, patience // 2),
+                    grace_period=max(2, patience),
+                    heartbeat_stale_trial_callback=leases.retry,
+                )
+                return optuna.storages.get_storage(database)
+        except failures as problem:
+            tripped = isinstance(problem, IntegrityError | ProgrammingError) or "already exists" in str(problem)
+            if not tripped or attempt == _OPENINGS - 1:
+                reachable = not isinstance(problem, OperationalError)
+                raise SearchError(
+                    "the storage must be a database URL" if reachable else "the study's database must be reachable",
+                    where=without_password(url),
+                    got=f"{type(problem).__name__}: {_first_line(problem)}",
+                    fix="A file is journal:PATH, a database postgresql+psycopg://USER:PASSWORD@HOST/DATABASE; its "
+                    "driver comes with pip install 'autoq[postgres]'.",
+                ) from problem
+            time.sleep(0.2 + attempt)
+    raise AssertionError("the last attempt returned or raised")
+
+
+def _first_line(problem: BaseException) -> str:
+    return next(iter(str(problem).strip().splitlines()), "")
+
+
+def without_password(storage: str | Path) -> str:
+    """A storage's URL as it may be shown."""
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", str(storage)))
+
+
+@contextmanager
+def told(storage: str | Path) -> Iterator[None]:
+    """Turn what a database says when it fails amid a search into an error that names it.
+
+    Raises:
+        SearchError: in place of Optuna's own.
+    """
     try:
-        study = optuna.create_study(
-            storage=storage,
-            study_name=f"{prefix}-{digest(depends_on)[:12]}",
-            directions=["minimize", "minimize"],
-            load_if_exists=True,
-        )
-    finally:
-        optuna.logging.set_verbosity(level)
-    if study.user_attrs.get("fingerprint") != depends_on["fingerprint"]:
-        study.set_user_attr("fingerprint", depends_on["fingerprint"])
-    return study
+        yield
+    except Exception as problem:
+        failed = _storage_failure(problem)
+        if failed is None:
+            raise
+        raise SearchError(
+            "the study's database must answer",
+            where=without_password(storage),
+            got=_first_line(failed.__cause__ or failed),
+            fix="What was measured is kept; start again when the database is back.",
+        ) from problem
+
+
+def _storage_failure(problem: BaseException | None) -> BaseException | None:
+    """The database's failure behind an exception; Optuna trips over itself when it cannot tell a trial's end."""
+    from optuna.exceptions import StorageInternalError
+
+    while problem is not None and not isinstance(problem, StorageInternalError):
+        problem = problem.__cause__ or problem.__context__
+    return problem
+
+
+# -- trials ------------------------------------------------------------------------------------------------------------
+
+
+def say_state(study: optuna.Study, state: str) -> None:
+    """Note in the study whether it is ``measuring`` or ``done``."""
+    if study.user_attrs.get("state") != state:
+        study.set_user_attr("state", state)
 
 
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
@@ -100,27 +214,100 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def drop_unstarted(study: optuna.Study) -> None:
-    """Fail trials that a killed run queued and never started; their parameters would leak into the next."""
+    """Fail the trials that wait for a worker."""
     from optuna.trial import TrialState
 
     while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         study.tell(study.ask(), state=TrialState.FAIL)
 
 
-def evaluations(
-    storage: optuna.storages.BaseStorage, fingerprint: str, fidelities: int
-) -> dict[tuple[str, int], Evaluation]:
-    """The evaluations of every study with this fingerprint, those of unfinished trials included."""
+def pending(study: optuna.Study) -> dict[int, dict[str, Any]]:
+    """The plans that are being measured or wait for it, by the trial's number."""
+    from optuna.trial import TrialState
+
+    trials = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
+    return {trial.number: trial.user_attrs["plan"] for trial in trials if "plan" in trial.user_attrs}
+
+
+def is_queue_empty(study: optuna.Study) -> bool:
+    """Whether no trial waits for a worker."""
+    from optuna.trial import TrialState
+
+    return not study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+
+
+def distributions(ranges: Mapping[str, tuple[float, float]]) -> dict[str, optuna.distributions.BaseDistribution]:
+    """Optuna's form of the parameters' ranges."""
+    from optuna.distributions import FloatDistribution
+
+    return {name: FloatDistribution(low, high) for name, (low, high) in ranges.items()}
+
+
+def draw(
+    trials: Sequence[optuna.trial.FrozenTrial], ranges: Mapping[str, tuple[float, float]], seed: object
+) -> dict[str, float]:
+    """The parameters that TPE tries after these trials: a function of them and the seed, whoever else is running."""
     import optuna
 
-    found: dict[tuple[str, int], Evaluation] = {}
-    for name in optuna.get_all_study_names(storage):
-        study = optuna.load_study(study_name=name, storage=storage)
-        if study.user_attrs.get("fingerprint") != fingerprint:
-            continue
-        for trial in study.get_trials(deepcopy=False):
-            for fidelity in range(fidelities):
-                stored = trial.user_attrs.get(f"evaluation:{fidelity}")
-                if stored is not None:
-                    found[trial.user_attrs["plan"]["hash"], fidelity] = Evaluation.from_json(stored)
-    return found
+    sampler = optuna.samplers.TPESampler(seed=int(digest(seed)[:8], 16), constant_liar=False)
+    with quiet():
+        scratch = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+        scratch.add_trials(trials)
+        trial = scratch.ask()
+        return {name: trial.suggest_float(name, low, high) for name, (low, high) in ranges.items()}
+
+
+class Evaluations:
+    """What was measured in any study of a storage with one fingerprint, unfinished trials included.
+
+    Args:
+        storage: the storage.
+        fingerprint: identifies weights, tokens and loss.
+    """
+
+    def __init__(self, storage: optuna.storages.BaseStorage, fingerprint: str) -> None:
+        self._storage = storage
+        self._fingerprint = fingerprint
+        self._studies: dict[str, optuna.Study | None] = {}
+        self._known: dict[tuple[str, int], Evaluation] = {}
+
+    def find(self, plan: str, fidelity: int) -> Evaluation | None:
+        """A plan's evaluation, by its hash, as the storage has it now."""
+        if (plan, fidelity) not in self._known:
+            self._read()
+        return self._known.get((plan, fidelity))
+
+    def plans(self, fidelity: int) -> list[dict[str, Any]]:
+        """What the trials noted of the plans that were measured at a fidelity, the oldest first, each once."""
+        self._read()
+        found: dict[str, dict[str, Any]] = {}
+        for study in filter(None, self._studies.values()):
+            for trial in study.get_trials(deepcopy=False):
+                if f"evaluation:{fidelity}" in trial.user_attrs:
+                    found.setdefault(trial.user_attrs["plan"]["hash"], trial.user_attrs["plan"])
+        return list(found.values())
+
+    def keep(self, plan: str, fidelity: int, evaluation: Evaluation) -> None:
+        """Remember one made here."""
+        self._known[plan, fidelity] = evaluation
+
+    def _read(self) -> None:
+        import optuna
+
+        for name in optuna.get_all_study_names(self._storage):
+            if name not in self._studies:
+                study = optuna.load_study(study_name=name, storage=self._storage)
+                fingerprint = study.user_attrs.get("fingerprint")
+                if fingerprint is None:
+                    continue  # just being made
+                self._studies[name] = study if fingerprint == self._fingerprint else None
+        for study in filter(None, self._studies.values()):
+            for trial in study.get_trials(deepcopy=False):
+                self._take(trial.user_attrs)
+
+    def _take(self, said: Mapping[str, Any]) -> None:
+        for key, value in said.items():
+            if key.startswith("evaluation:"):
+                place = (said["plan"]["hash"], int(key.removeprefix("evaluation:")))
+                if place not in self._known:
+                    self._known[place] = Evaluation.from_json(value)

@@ -14,6 +14,7 @@ from autoq.profiler.end_to_end import UNQUANTIZED
 from autoq.scheme import NONE, Scheme
 from autoq.search import Assignment, Budget, Evaluation, PlanPoint, Problem, SearchResult
 from autoq.tables import UNQUANTIZED_LABEL
+from autoq.ties import tied
 from autoq.workload import Workload
 
 
@@ -138,7 +139,8 @@ def finished_plan(
         "certificate": _certificate(evidence.search),
     }
     phases = {phase.name: phase.calls for phase in evidence.workload.phases}
-    return Plan(layers=layers, phases=phases, kernels=kernels, provenance={**provenance, **figures})
+    units = {} if stock else tied(evidence.search.refitted)
+    return Plan(layers=layers, units=units, phases=phases, kernels=kernels, provenance={**provenance, **figures})
 
 
 def _predicted_times(evidence: Evidence, layers: Mapping[str, Scheme]) -> dict[str, Any]:

@@ -129,11 +129,14 @@ class Workload:
         layers: every linear layer found, quantizable or not.
         calls: per layer, phase and shape.
         phases: in the order recorded.
+        siblings: groups of two layers or more that belong together: always called with the same inputs (q, k and v of
+            an attention), or of the same role in a block's experts. A layer is in one group at most.
     """
 
     layers: tuple[LayerInfo, ...]
     calls: tuple[LinearCall, ...]
     phases: tuple[PhaseInfo, ...]
+    siblings: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         names = {layer.name for layer in self.layers}
@@ -147,6 +150,13 @@ class Workload:
                     where="workload",
                     got=f"{call.layer!r} in {call.phase!r}",
                 )
+        grouped = [layer for group in self.siblings for layer in group]
+        if len(set(grouped)) != len(grouped) or not names.issuperset(grouped) or any(len(g) < 2 for g in self.siblings):
+            raise InputError(
+                "siblings are groups of two known layers or more, a layer in one of them",
+                where="workload",
+                got=[list(group) for group in self.siblings],
+            )
 
     def layer(self, name: str) -> LayerInfo:
         """The layer of that name.
@@ -176,6 +186,7 @@ class Workload:
             "layers": [asdict(one) | {"aliases": list(one.aliases)} for one in self.layers],
             "calls": [asdict(one) for one in self.calls],
             "phases": [asdict(one) for one in self.phases],
+            "siblings": [list(group) for group in self.siblings],
         }
 
     @classmethod
@@ -197,6 +208,7 @@ class Workload:
                 layers=_read(LayerInfo, value["layers"]),
                 calls=_read(LinearCall, value["calls"]),
                 phases=_read(PhaseInfo, value["phases"]),
+                siblings=tuple(map(tuple, value.get("siblings", ()))),
             )
         except (KeyError, TypeError) as problem:
             raise InputError(

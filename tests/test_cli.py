@@ -18,7 +18,7 @@ from autoq.plan import Plan
 from autoq.profiler import Timing
 from autoq.workload import Workload
 
-VERBS = ("tune", "apply", "eval", "show", "bench", "doctor")
+VERBS = ("tune", "worker", "apply", "eval", "show", "bench", "doctor")
 TOY = """
 import torch
 from torch import nn
@@ -97,7 +97,9 @@ def test_tune_passes_the_limits_and_writes_four_files(folder, monkeypatch, capsy
 
     monkeypatch.setattr("autoq.pipeline.tune", tune)
     arguments = ["tune", "autoq_toy:make", "--max-degradation", "0.05", "--max-latency-us", "7", "--seed", "3"]
+    arguments += ["--tie", "siblings", "--tie", r"(.*)\.(?:w1|w3)"]
     assert cli.run([*arguments, "--output", "out", "--cache-dir", "cache", "--n-trials", "2"]) == 0
+    assert seen["ties"] == ("siblings", r"(.*)\.(?:w1|w3)")
     assert seen["max_degradation"] == 0.05
     assert (seen["max_latency_us"], seen["max_weight_bytes"], seen["max_increase"]) == (7.0, None, None)
     assert (seen["seed"], seen["n_trials"], str(seen["cache_dir"])) == (3, 2, "cache")

@@ -178,6 +178,65 @@ def test_a_meter_measures_more_rows_at_the_higher_fidelity():
     assert 0.01 < many.low < many.mean < many.high < 0.2
 
 
+def test_fidelities_are_an_eighth_a_quarter_and_all_of_the_batches():
+    def levels(count, **arguments):
+        model = small_model()
+        batches = as_batches(list(torch.randn(count, 2, 64)))
+        return LossMeter(Shadow(model, PackedStore(model, ["0"])), RelativeRMS(), batches, **arguments).levels
+
+    assert levels(8) == (1, 2, 8)
+    assert levels(32) == (4, 8, 32)
+    assert levels(5) == (1, 5)
+    assert levels(1) == (1,)
+    assert levels(8, eval_fn=lambda model: 0.0) == (8,)
+
+
+def test_a_higher_fidelity_runs_only_the_batches_that_it_adds():
+    made = Meter()
+    meter, ran = made.meter, []
+    meter.baseline()
+    plan = {"0": Scheme.parse("fp6(format=e3m2)")}
+    whole = LossMeter(meter.shadow, meter.metric, made.batches).losses(plan)
+    losses = meter.metric.losses
+    meter.metric.losses = lambda outputs, index, batch: ran.append(index) or losses(outputs, index, batch)
+    assert torch.equal(meter.losses(plan, 0), whole[:2])
+    assert torch.equal(meter.losses(plan, 1), whole)
+    assert ran == [0, 1, 2, 3]
+    meter.losses({"2": Scheme.parse("int8wo")}, 0)
+    assert torch.equal(meter.losses(plan, 1), whole)
+    assert ran == [0, 1, 2, 3, 0, 0, 1, 2, 3]
+
+
+def test_the_rows_of_a_difference_are_the_pairs_and_at_most_64_means():
+    torch.manual_seed(1)
+    losses, baseline = torch.rand(10), torch.rand(10)
+    assert paired(losses, baseline).rows == pytest.approx((losses.double() - baseline.double()).tolist())
+    many, base = torch.rand(1000), torch.rand(1000)
+    found = paired(many, base)
+    assert len(found.rows) == 63
+    assert found.rows[1] == pytest.approx((many - base)[16:32].double().mean().item(), abs=1e-7)
+    assert sum(found.rows[:62]) * 16 + found.rows[62] * 8 == pytest.approx(1000 * found.mean)
+
+
+def test_a_baseline_from_an_earlier_run_is_used_instead_of_running_the_model():
+    model = small_model()
+    batches = as_batches(list(torch.randn(8, 2, 64)))
+    loss = losses.UserLoss(lambda outputs, batch: outputs.square().mean(dim=1))
+
+    def meter():
+        return LossMeter(Shadow(model, PackedStore(model, ["0", "2"])), loss, batches)
+
+    measured = meter()
+    plan = {"2": Scheme.parse("int8wo")}
+    expected = [measured.difference(plan, level) for level in range(3)]
+    remembering = meter()
+    remembering.remember(measured.baseline())
+    ran = []
+    remembering.shadow.model.register_forward_hook(lambda *_: ran.append(1))
+    assert [remembering.difference(plan, level) for level in range(3)] == expected
+    assert len(ran) == 8
+
+
 class Counted(LossMeter):
     """Keeps the assignments that it ran the model under."""
 

@@ -13,11 +13,11 @@ KERNELS = ROOT.parent / "kernels"
 # A unit imports units of lower ranks only; a package's own modules may import each other.
 RANKS = {
     0: ("errors", "_files", "scheme", "knapsack_core"),
-    1: ("workload", "plan", "tables", "numerics", "knapsack_problem"),
+    1: ("workload", "plan", "tables", "numerics", "knapsack_problem", "hypervolume"),
     2: ("candidates", "cache", "losses", "summary", "knapsack"),
-    3: ("quant_linear", "figures", "search_values", "phase_forms"),
-    4: ("modules", "loss_model", "studies"),
-    5: ("shadow", "language", "proposals"),
+    3: ("quant_linear", "ties", "figures", "search_values", "phase_forms"),
+    4: ("modules", "loss_model", "leases", "studies", "definition"),
+    5: ("siblings", "shadow", "language", "prefix", "proposals", "trials"),
     # The stages, which never import each other.
     6: (
         "recorder",
@@ -29,10 +29,11 @@ RANKS = {
         "reporting",
         "checkpoint",
         "loading",
+        "precise",
     ),
-    7: ("results", "verdict", "diagnosis", "judging", "calibration"),
+    7: ("results", "verdict", "diagnosis", "pairs", "judging", "calibration"),
     8: ("pipeline",),
-    9: ("quantizing",),
+    9: ("quantizing", "workers"),
     10: ("terminal",),
     11: ("__init__", "cli"),
     12: ("__main__",),
@@ -41,7 +42,8 @@ RANK = {unit: rank for rank, units in RANKS.items() for unit in units}
 # Modules that are one unit like a package's; each imports only those before it.
 TOGETHER = (
     ("knapsack_problem", "knapsack_core", "knapsack"),
-    ("search_values", "loss_model", "studies", "proposals", "search"),
+    ("search_values", "loss_model", "leases", "studies", "definition", "proposals", "trials", "search"),
+    ("pairs", "judging"),
 )
 EARLIER = {module: modules[:i] for modules in TOGETHER for i, module in enumerate(modules)}
 # scheme and _files raise autoq's errors; the errors import nothing.

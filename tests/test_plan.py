@@ -73,6 +73,23 @@ def test_replace_drops_measured_figures_and_keeps_the_rest():
         plan.replace({"nowhere": "int8wo"})
 
 
+def test_units_have_plain_names_and_one_scheme_each():
+    layers = {"module.a.q": "int8wo", "a.k": "int8wo", "a.v": "none"}
+    plan = Plan(layers=layers, units={"a.q+k": ["_orig_mod.a.q", "a.k"], "empty": []})
+    assert plan.units == {"a.q+k": ("a.q", "a.k"), "empty": ()}
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.hash == Plan(layers=layers).hash
+    with pytest.raises(PlanError, match=r"one scheme; got int8wo, none\. Give them the same scheme"):
+        Plan(layers=layers, units={"u": ["a.q", "a.v"]})
+
+
+def test_replace_keeps_units_that_change_as_a_whole():
+    units = {"q+k": ("q", "k"), "g+u": ("g", "u")}
+    plan = Plan(layers=dict.fromkeys("qkgu", "int8wo"), units=units)
+    assert plan.replace({"q": "none", "k": "none"}).units == units
+    assert plan.replace({"q": "none"}).units == {"g+u": ("g", "u")}
+
+
 @pytest.mark.parametrize(
     ("name", "plain"),
     [
@@ -97,7 +114,11 @@ def test_wrapper_prefixes_are_not_part_of_a_name(name, plain):
         (lambda p: p | {"layers": {"fc": "int8wo"}}, r'\$\.layers\["fc"\]'),
         (lambda p: p | {"layers": {"fc": {"group_size": 64}}}, r'\$\.layers\["fc"\]'),
         (lambda p: p | {"layers": {"fc": {"scheme": "int8wo", "x": [1]}}}, r'\$\.layers\["fc"\]'),
-        (lambda p: p | {"units": {"u": ["not there"]}}, r'\$\.units\["u"\]'),
+        (lambda p: p | {"units": {"u": ["not there"]}}, r'\$\.units\["u"\] is a list of layers of the plan; got not'),
+        (lambda p: p | {"units": {"u": "lm_head"}}, r'\$\.units\["u"\] is a list'),
+        (lambda p: p | {"units": {"u": [["lm_head"]]}}, r'\$\.units\["u"\] is a list'),
+        (lambda p: p | {"units": {"u": list(p["layers"])}}, r'\$\.units\["u"\]: its layers have one.*int4wo.*, none'),
+        (lambda p: p | {"units": {"a": ["lm_head"], "u": ["lm_head"]}}, r'\$\.units\["u"\]: a layer is in one unit'),
         (lambda p: p | {"phases": {"decode": 0}}, r'\$\.phases\["decode"\]'),
         (lambda p: p | {"provenance": []}, r"\$\.provenance"),
     ],

@@ -1,4 +1,6 @@
 import itertools
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from torch import nn
 
 from autoq.errors import InputError, ModelError
 from autoq.recorder import Recorder, record
-from autoq.workload import LinearCall, Phase, PhaseInfo
+from autoq.workload import LinearCall, Phase, PhaseInfo, Workload
 
 
 @pytest.fixture(autouse=True)
@@ -393,6 +395,16 @@ def test_generate_is_split_into_prefill_and_decode(language_model, compiled):
     assert not any(module._forward_pre_hooks for module in language_model.modules())
 
 
+def test_siblings_of_a_language_model_are_q_k_v_and_gate_up(language_model):
+    with Recorder(language_model) as recorder:
+        language_model.generate(torch.ones(2, 5, dtype=torch.long), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    block = "model.layers.0"
+    assert recorder.recording().workload.siblings == (
+        tuple(f"{block}.self_attn.{name}_proj" for name in "qkv"),
+        tuple(f"{block}.mlp.{name}_proj" for name in ("gate", "up")),
+    )
+
+
 def test_a_single_token_without_a_cache_is_prefill(language_model):
     workload = record(language_model, {"input_ids": torch.ones(1, 1, dtype=torch.long)}).workload
     assert {one.phase for one in workload.calls} == {"prefill"}
@@ -421,3 +433,186 @@ def test_the_language_model_inside_a_larger_module_is_found(language_model):
     assert [phase.name for phase in workload.phases] == ["prefill", "decode"]
     assert {one.layer.split(".")[0] for one in workload.calls} == {"lm"}
     assert list(itertools.islice((one.m for one in workload.calls if one.phase == "decode"), 1)) == [1]
+
+
+# --- siblings --------------------------------------------------------------------------------------------------------
+
+
+def grouped(model, *batches):
+    return {frozenset(group) for group in record(model, list(batches)).workload.siblings}
+
+
+class Wired(nn.Module):
+    """Layers q, k, v, o and a function that calls them."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.call = call
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+def in_place(m, x):
+    m.q(x)
+    x.add_(1)
+    return m.k(x) + m.v(x)
+
+
+def at_the_same_address(m, x):
+    """The allocator gives freed memory out again: other values at the address of q's input."""
+    for layer in (m.q, m.k, m.v):
+        layer(x + 1)
+    return m.o(x)
+
+
+def of_parts(m, x):
+    halves = torch.cat([x, x], dim=-1)
+    m.v(x.view(-1, 8))
+    return m.q(halves[..., :8]) + m.k(halves[..., 8:]) + m.o(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "groups"),
+    [
+        (lambda m, x: m.o(m.q(x) + m.k(x) + m.v(x)), ["qkv"]),
+        (lambda m, x: m.o(m.q(x) + m.k(x[:]) + m.v(x.detach())), ["qkv"]),
+        (lambda m, x: m.o(m.k(m.v(m.q(x)))), []),
+        (lambda m, x: m.q(x) + m.k(x.clone()) + m.v(x) + m.o(x.clone()), ["qv"]),
+        (lambda m, x: m.q(x) + m.k(x) + m.k(x + 1), []),
+        (lambda m, x: m.q(x) + m.k(x) + (m.k(x) if x.shape[0] == 3 else 0), ["qk"]),
+        (lambda m, x: m.q(x) + m.k(x if x.shape[0] == 3 else x + 1), []),
+        (lambda m, x: m.q(x) + (m.k(x) if x.shape[0] == 3 else 0), []),
+        (in_place, ["kv"]),
+        (at_the_same_address, []),
+        (of_parts, []),
+    ],
+)
+def test_siblings_always_see_the_same_inputs(call, groups):
+    model = Wired(call)
+    assert grouped(model, torch.randn(3, 2, 8), torch.randn(2, 2, 8)) == {frozenset(one) for one in groups}
+
+
+def test_no_input_is_kept_and_a_model_called_for_long_costs_nothing():
+    kept = []
+
+    def call(m, x):
+        y = m.q(x) + m.k(x)
+        kept.append(weakref.ref(x.untyped_storage()))
+        return m.o(y)
+
+    model = Wired(call)
+    with torch.no_grad(), Recorder(model) as recorder:
+        for _ in range(5):
+            model(torch.randn(2, 8))
+        assert not any(ref() is not None for ref in kept)
+    assert recorder.recording().workload.siblings == (("q", "k"),)
+
+
+def test_inputs_without_a_version_are_never_the_same():
+    model = Wired(lambda m, x: m.o(m.q(x) + m.k(x)))
+    with torch.inference_mode(), Recorder(model) as recorder:
+        model(torch.randn(2, 8))
+    assert recorder.recording().workload.siblings == ()
+
+
+def test_siblings_have_one_owner_even_where_one_tensor_enters_every_block():
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(8, 8)
+            self.k, self.v = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))  # wrapped one by one
+
+        def forward(self, x, context):
+            return self.q(x) + self.k(context) + self.v(context)
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Cross(), Cross()])
+            self.shifts = nn.ModuleList([nn.ModuleDict({"time": nn.Linear(8, 8)}) for _ in range(2)])
+
+        def forward(self, x):
+            for block, shift in zip(self.blocks, self.shifts, strict=True):
+                x = block(x + 1, self.context) + shift["time"](self.context)
+            return x
+
+    model = Decoder()
+    model.context = torch.randn(2, 8)
+    assert grouped(model, torch.randn(2, 8)) == {
+        frozenset({"blocks.0.k.0", "blocks.0.v.0"}),
+        frozenset({"blocks.1.k.0", "blocks.1.v.0"}),
+        frozenset({"shifts.0.time", "shifts.1.time"}),
+    }
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.down(self.up(x) * self.gate(x))
+
+
+class Routed(nn.Module):
+    """A block with experts, of which each sees the rows that are routed to it."""
+
+    def __init__(self, name, sizes):
+        super().__init__()
+        self.router = nn.Linear(8, len(sizes))
+        setattr(self, name, nn.ModuleList(Expert() for _ in sizes))
+        self.name, self.sizes = name, sizes
+
+    def forward(self, x):
+        self.router(x)
+        parts = x.split(self.sizes)
+        return torch.cat(
+            [expert(part) for expert, part in zip(getattr(self, self.name), parts, strict=True) if len(part)]
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "tied"), [("experts", [2, 2, 2], True), ("parts", [1, 2, 3], True), ("parts", [2, 2, 2], False)]
+)
+def test_experts_of_a_block_are_siblings_role_by_role(name, sizes, tied):
+    """Up and gate of one expert have the same input, so those of all experts are one group."""
+    model = nn.Sequential(Routed(name, sizes), Routed(name, sizes))
+    found = grouped(model, torch.randn(6, 8))
+    pairs = [{f"{b}.{name}.{e}.{role}" for role in ("up", "gate")} for b in range(2) for e in range(3)]
+    if not tied:
+        assert found == set(map(frozenset, pairs))
+        return
+    for block in range(2):
+        both = frozenset().union(*pairs[3 * block : 3 * block + 3])
+        assert {both, frozenset(f"{block}.{name}.{e}.down" for e in range(3))} <= found
+    assert len(found) == 4
+
+
+def test_blocks_in_sequence_are_no_experts_whatever_experts_they_have():
+    stage = nn.Module()
+    stage.blocks = nn.ModuleList([Routed("experts", [1, 2, 3]), Routed("experts", [3, 2, 1])])
+    stage.forward = lambda x: stage.blocks[1](stage.blocks[0](x))
+    found = grouped(nn.Sequential(stage), torch.randn(6, 8))
+    assert {len({name.split(".")[2] for name in group}) for group in found} == {1}
+    assert not any("router" in name for group in found for name in group)
+
+
+def test_an_expert_that_was_not_called_is_no_sibling():
+    model = nn.Sequential(Routed("experts", [2, 0, 4]))
+    found = grouped(model, torch.randn(6, 8))
+    assert frozenset({"0.experts.0.down", "0.experts.2.down"}) in found
+
+
+def test_siblings_are_kept_in_the_file_and_files_without_them_are_read(tmp_path):
+    workload = record(Wired(lambda m, x: m.o(m.q(x) + m.k(x))), torch.randn(2, 8)).workload
+    assert workload.siblings == (("q", "k"),)
+    workload.save(tmp_path / "workload.json")
+    assert Workload.load(tmp_path / "workload.json") == workload
+    old = workload.to_json()
+    del old["siblings"]
+    assert Workload.from_json(old) == replace(workload, siblings=())
+    for wrong in ([["q"]], [["q", "nowhere"]], [["q", "k"], ["k", "o"]], [3]):
+        with pytest.raises(InputError):
+            Workload.from_json(old | {"siblings": wrong})

@@ -228,6 +228,23 @@ def test_other_budget_is_another_study_and_reuses_evaluations(tmp_path):
     assert second.finalists[0].time_us <= first.finalists[0].time_us
 
 
+def test_another_budget_starts_from_all_plans_measured_before_and_is_done_soon(tmp_path):
+    truth = Truth(2)
+    path = tmp_path / "study.journal"
+    first = truth.search(path)
+    known = {point.assignment: point.evaluation for point in first.points if point.full}
+    tighter = Budget(max_loss=0.8 * truth.budget().max_loss)
+    second = truth.search(path, budget=tighter, n_trials=40)
+    again = {point.assignment: point.evaluation for point in second.points}
+    # A plan that is surely over the tighter limit is not looked at beyond the first fidelity.
+    assert set(known) <= set(again)
+    assert all(again[plan] == known[plan] for plan in known if again[plan].samples == known[plan].samples)
+    assert second.evaluations < first.evaluations / 3
+    allowed = [a for a in every_plan(truth) if truth.measured(a).high <= tighter.max_loss]
+    best = min(truth.problem.time_us(a) for a in allowed)
+    assert second.finalists[0].time_us <= 1.02 * best
+
+
 def test_other_weights_or_tokens_reuse_nothing(tmp_path):
     truth = Truth(0)
     path = tmp_path / "study.journal"

@@ -119,6 +119,7 @@ class SensitivityCache:
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         place = _open(folder / "sensitivity" / name, identity)
         self._parts = _Parts(place, tables.SENSITIVITY, self.KEY)
+        self._baseline = place / "baseline.json"
 
     def rows(self) -> list[dict[str, Any]]:
         """All scores, the latest of each (layer, scheme)."""
@@ -127,3 +128,26 @@ class SensitivityCache:
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Keep new scores."""
         self._parts.append(rows)
+
+    def baseline(self) -> list[float] | None:
+        """The unquantized model's losses, one per sample, if they were kept.
+
+        Raises:
+            CacheError: if the file is damaged.
+        """
+        if not self._baseline.exists():
+            return None
+        try:
+            return [float(one) for one in json.loads(self._baseline.read_text())]
+        except (OSError, ValueError, TypeError) as problem:
+            raise CacheError(
+                "the unquantized model's losses are a list of numbers",
+                where=str(self._baseline),
+                got=f"{type(problem).__name__}: {problem}",
+                fix="Delete the file to measure again.",
+            ) from problem
+
+    def keep_baseline(self, losses: Iterable[float]) -> None:
+        """Keep the unquantized model's losses."""
+        text = json.dumps(list(losses)) + "\n"
+        write_atomic(self._baseline, lambda temporary: temporary.write_text(text), CacheError)

@@ -1,0 +1,85 @@
+"""A copy of a model that computes in float32 whatever its dtype, with one of its layers quantized.
+
+Rounding every activation to bfloat16 changes a model's predictions as much as quantizing a few layers does: two runs
+that differ anywhere differ by that everywhere after. What one layer costs is seen beside it only where nothing else
+is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoq import candidates
+from autoq.candidates import Candidate, Packed
+from autoq.modules import find_linears, unwrap
+from autoq.scheme import Scheme
+from autoq.shadow import PackedStore, float_product, share_weights
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+class Precise:
+    """The copy: the layers' and the embeddings' weights are the model's own; other low-precision ones are converted.
+
+    Args:
+        model: the user's model, compiled or not; never changed.
+        store: packed weights; its layers are the ones that can be quantized.
+
+    Attributes:
+        model: the copy, in evaluation mode, with all layers unquantized.
+    """
+
+    def __init__(self, model: nn.Module, store: PackedStore) -> None:
+        self.store = store
+        self.model = share_weights(unwrap(model)).eval()
+        self._sites = {site.name: site.module for site in find_linears(self.model) if site.name in store.modules}
+        kept = [*self._sites.values(), *(one for one in self.model.modules() if isinstance(one, nn.Embedding))]
+        weights = {id(one.weight) for one in kept}
+        changed: dict[int, nn.Parameter] = {}
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dtype in _LOW and id(parameter) not in weights:
+                    made = changed.setdefault(id(parameter), nn.Parameter(parameter.detach().float(), False))
+                    module._parameters[name] = made
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.dtype in _LOW:
+                    module._buffers[name] = buffer.float()
+            if isinstance(module, nn.Embedding):
+                module.register_forward_hook(_to_float)
+        self.model.register_forward_pre_hook(_inputs_to_float, with_kwargs=True)
+        for layer, site in self._sites.items():
+            site.__dict__["forward"] = partial(float_product, weight=store.weight(layer), bias=site.bias)
+
+    @contextmanager
+    def quantized(self, layer: str, scheme: Scheme) -> Iterator[None]:
+        """Give one layer a scheme for a while."""
+        site, candidate = self._sites[layer], candidates.parse(scheme)
+        packed = self.store.get(layer, candidate)
+        before = site.__dict__["forward"]
+        site.__dict__["forward"] = partial(_quantized, candidate=candidate, packed=packed, bias=site.bias)
+        try:
+            yield
+        finally:
+            site.__dict__["forward"] = before
+
+
+def _quantized(x: Tensor, *, candidate: Candidate, packed: Packed, bias: Tensor | None) -> Tensor:
+    return candidate.linear(x, packed, bias)
+
+
+def _float(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in _LOW else value
+
+
+def _to_float(_module: nn.Module, _args: Any, output: Any) -> Any:
+    return _float(output)
+
+
+def _inputs_to_float(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return tuple(map(_float, args)), {name: _float(value) for name, value in kwargs.items()}
