@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoq.errors import ModelError
 from autoq.plan import plain_name
 from autoq.quant_linear import QuantLinear
 
@@ -18,6 +19,8 @@ __all__ = [
     "LinearSite",
     "OtherWeight",
     "QuantLinear",
+    "check_weights",
+    "compile_arguments",
     "evaluating",
     "find_linears",
     "other_weights",
@@ -254,3 +257,44 @@ def _kind(module: nn.Module, parameter: nn.Parameter) -> str:
     if parameter.dim() == 3 and parameter.is_floating_point():
         return "3-D parameter (experts)"
     return ""
+
+
+def check_weights(model: nn.Module, filter_fn: FilterFn | None = None) -> None:
+    """Refuse a model without linear layers, or with NaN or infinite weights in one that may be quantized.
+
+    Raises:
+        ModelError: naming the layer.
+    """
+    sites = find_linears(model, filter_fn)
+    if not sites:
+        raise ModelError(
+            "the model has linear layers (nn.Linear)",
+            where=type(model).__name__,
+            got="none",
+            fix="autoq quantizes nn.Linear only; convolutions and other weights stay as they are.",
+        )
+    for site in sites:
+        if site.reason is None and not bool(torch.isfinite(site.module.weight).all()):
+            count = int((~torch.isfinite(site.module.weight)).sum())
+            raise ModelError(
+                "weights must be finite numbers",
+                where=site.name,
+                got=f"{count} NaN or infinite values",
+                fix="Repair the checkpoint, or leave the layer out with filter_fn.",
+            )
+
+
+def compile_arguments(model: nn.Module) -> dict[str, Any]:
+    """The arguments a compiled model was compiled with, as far as ``torch.compile`` keeps them; empty if it was not."""
+    context = getattr(model, "dynamo_ctx", None)
+    if context is None:
+        return {}
+    found: dict[str, Any] = {}
+    backend = getattr(context, "callback", None)
+    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
+        backend = inner
+    if callable(backend):
+        found["backend"] = backend
+    if getattr(context, "_dynamic", None) is not None:
+        found["dynamic"] = context._dynamic
+    return found

@@ -6,7 +6,6 @@ import datetime
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -21,30 +20,29 @@ from autoq import language, pairs, search, sensitivity, studies
 from autoq.cache import Fingerprint, ProfileCache, SensitivityCache, default_folder
 from autoq.calibration import Progress, Timer, calibrate
 from autoq.candidates import Candidate
+from autoq.costs import Costs
 from autoq.errors import InputError, ModelError
 from autoq.evaluation import Additive, EvalFn, LossBudget, LossMeter, loss_budget
 from autoq.judging import Judge
 from autoq.losses import Batch, LossFn, TokenNLL, as_batches, default_metric, is_causal_lm
-from autoq.modules import FilterFn, find_linears, unwrap
+from autoq.modules import FilterFn, check_weights, compile_arguments, unwrap
 from autoq.phase_forms import PhaseForms
 from autoq.profiler import LatencyModel, isolated_times, profile
 from autoq.profiler.end_to_end import UNQUANTIZED
 from autoq.recorder import record as record_inputs
 from autoq.results import TRIALS, Settings, TuneResult
 from autoq.scheme import NONE, Scheme
-from autoq.search import Budget, Option, PlanPoint, Problem, SearchResult, Unit
+from autoq.search import Budget, PlanPoint, Problem, SearchResult
 from autoq.shadow import PackedStore, Shadow
-from autoq.summary import family as role
+from autoq.summary import loss_family
 from autoq.ties import Ties, checked, units
 from autoq.verdict import Evidence, choose, finished_plan, front_rows, layers_of
-from autoq.workload import LayerInfo, Phase, Workload
+from autoq.workload import Phase, Workload
 
 _log = logging.getLogger(__name__)
 Assignment = Mapping[str, Scheme]
 
 _TIMED_BATCHES = 8  # batches of a phase that the user did not name
-_END_BLOCKS = 2  # this many first and last blocks are families of their own
-_BLOCK = re.compile(r"\.(\d+)\.")  # a block's number in a layer's name
 
 
 def tune(
@@ -197,6 +195,7 @@ class Tuning:
         if self.settings.ties:
             self.note(f"{len(self.layers)} layers are decided in {len(self.units)} units.")
         self.store = PackedStore(self.model, self.layers)
+        self.costs = Costs(model=self.model, workload=self.workload, store=self.store)
         metric = default_metric(self.model, self.batches, self.settings.loss_fn)
         self.meter = LossMeter(
             Shadow(self.model, self.store),
@@ -205,6 +204,7 @@ class Tuning:
             eval_fn=self.settings.eval_fn,
             forms=PhaseForms.of(self.workload),
         )
+        self.scale = Additive()
         self.timer = Timer(self.model, self.store, self.phases, self.compile_arguments, self.say)
         self.say("record", "", 1, 1)
 
@@ -213,32 +213,22 @@ class Tuning:
         if self.settings.storage is not None:
             studies.open_storage(self.settings.storage)  # refused now rather than after the measurements
         self.prepare()
-        rows = self._profile()
+        rows = self.profile()
         self.say("baseline", "loss of the unquantized model", 0, 1)
         baseline = float(self._baseline().double().mean())
         budget = self._budget(baseline)
-        self.scale = Additive(limit=budget.max_increase or None) if self.metric_name == "relative_rms" else Additive()
+        if self.metric_name == "relative_rms":
+            self.scale = Additive(limit=budget.max_increase or None)
         self.say("baseline", budget.text, 1, 1)
-        judge = self._judge()
+        judge = self.judge()
         scores = judge.scores(partial(self.say, "sensitivity"))
-        offered = [one.scheme for one in self.settings.candidates]
-        isolated = isolated_times(self.workload, rows, offered)
-        measured_on = {"weights": self.weights_hash, "device": self.fingerprint.key}
-        latency = calibrate(
-            self.timer,
-            self.workload,
-            isolated,
-            offered,
-            none_is_stock=self.none_is_stock,
-            identity=measured_on,
-            folder=self.folder,
-        )
+        latency = self.latency(rows)
         limits = self._limits(budget)
         # Which pairs are worth measuring is seen from the problem that the scores alone make.
-        problem = self._problem(isolated, latency, {(row["layer"], row["scheme"]): row["score"] for row in scores})
+        problem = self.problem(latency, {(row["layer"], row["scheme"]): row["score"] for row in scores})
         scores = judge.measured_pairs(problem, limits, scores, partial(self.say, "sensitivity"))
-        losses = pairs.calibrated(scores, {layer: family(layer, self.layers) for layer in self.layers})
-        problem = self._problem(isolated, latency, losses)
+        families = {layer: loss_family(layer, self.layers) for layer in self.layers}
+        problem = self.problem(latency, pairs.calibrated(scores, families))
         found, phase_losses = judge.in_every_phase(self._search(problem, limits, judge), limits)
         finalists, none_label = self._finalists(problem, found)
         times = self.timer.time({label: layers_of(problem, one) for label, one in finalists.items()}, "verify")
@@ -254,7 +244,7 @@ class Tuning:
             scale=self.scale,
             how=self.timer.how(),
             none_label=none_label,
-            unquantized_bytes=self.weight_bytes({}),
+            unquantized_bytes=self.costs.weight_bytes({}),
         )
         choice = choose(evidence)
         if choice is None:
@@ -290,14 +280,6 @@ class Tuning:
         none = schemes.parse(NONE)
         weights = map(self.store.weight, self.layers)
         return all(none.leaves_alone(one.dtype, one.device.type) for one in weights)
-
-    def weight_bytes(self, plan: Assignment) -> int:
-        """Bytes of all the model's weights under a plan; layers it does not name stay as they are."""
-        found = self._other_bytes()
-        for layer in self.workload.quantizable:
-            scheme = plan.get(layer.name)
-            found += self._stock_bytes(layer) if scheme is None else self._bytes(layer, schemes.parse(scheme))
-        return found
 
     def _provenance(self, budget: LossBudget, limits: Budget) -> dict[str, Any]:
         """Everything about the run that is not a measured figure."""
@@ -383,7 +365,8 @@ class Tuning:
 
     # -- measurements ----------------------------------------------------------------------------------------------
 
-    def _profile(self) -> list[dict[str, Any]]:
+    def profile(self) -> list[dict[str, Any]]:
+        """Times of all shapes under all schemes; what the cache has is not measured again."""
         return profile(
             self.workload,
             self.settings.candidates,
@@ -427,7 +410,21 @@ class Tuning:
         """What losses depend on, the metric included."""
         return self.identity() | {"metric": self.metric_name}
 
-    def _judge(self) -> Judge:
+    def latency(self, rows: Sequence[Mapping[str, Any]]) -> LatencyModel:
+        """The model of a plan's time: the measured rows, corrected by uniform plans timed end to end."""
+        offered = [one.scheme for one in self.settings.candidates]
+        return calibrate(
+            self.timer,
+            self.workload,
+            isolated_times(self.workload, rows, offered),
+            offered,
+            none_is_stock=self.none_is_stock,
+            identity={"weights": self.weights_hash, "device": self.fingerprint.key},
+            folder=self.folder,
+        )
+
+    def judge(self) -> Judge:
+        """What predicts and measures losses of plans."""
         return Judge(
             model=self.model,
             meter=self.meter,
@@ -453,7 +450,7 @@ class Tuning:
             forms=PhaseForms(rows=recipe["rows"]),
         )
         self.scale = Additive(limit=recipe["limit"])
-        return self._judge()
+        return self.judge()
 
     def _recipe(self) -> dict[str, Any]:
         """What ``rejoined`` needs besides the model, the batches and the settings, as JSON values."""
@@ -468,53 +465,10 @@ class Tuning:
 
     # -- search ----------------------------------------------------------------------------------------------------
 
-    def _problem(
-        self,
-        isolated: Mapping[tuple[str, Scheme, str], float],
-        latency: LatencyModel,
-        losses: Mapping[tuple[str, str], float],
-    ) -> Problem:
-        """The knapsack of the units' schemes; ``losses`` are those of (layer, scheme)."""
-        phases = [phase.name for phase in self.workload.phases]
-
-        def option(layers: Sequence[str], candidate: Candidate) -> Option:
-            scheme = candidate.scheme
-            return Option(
-                scheme=str(scheme),
-                time_us=sum(latency.calls[p] * latency.layer_us(one, scheme, p) for one in layers for p in phases),
-                loss=0.0 if scheme == NONE else sum(self.scale.score(losses[one, str(scheme)]) for one in layers),
-                bytes=sum(self._bytes(infos[one], candidate) for one in layers),
-            )
-
-        infos = {layer.name: layer for layer in self.workload.quantizable}
-        found = []
-        for name, layers in self.units.items():
-            measured = [
-                candidate
-                for candidate in self.settings.candidates
-                if all((layer, candidate.scheme, phases[0]) in isolated for layer in layers)
-            ]
-            found.append(Unit(name=name, layers=layers, options=tuple(option(layers, one) for one in measured)))
-        fixed = sum(latency.calls[phase] * latency.fixed_us[phase] for phase in phases)
-        return Problem(units=tuple(found), fixed_time_us=fixed, fixed_bytes=self._other_bytes())
-
-    def _bytes(self, layer: LayerInfo, candidate: Candidate) -> int:
-        """Bytes the layer adds to the model; packed, it adds its own also where it was tied."""
-        weight = self.store.weight(layer.name)
-        if candidate.leaves_alone(weight.dtype, weight.device.type):
-            return self._stock_bytes(layer)
-        return candidate.weight_bytes_for(layer.n, layer.k)
-
-    def _stock_bytes(self, layer: LayerInfo) -> int:
-        """Bytes of the layer as it is; a tied layer adds none, its weight is the embedding's."""
-        return 0 if layer.tied_to else self.store.weight(layer.name).nbytes
-
-    def _other_bytes(self) -> int:
-        """Bytes of all parameters that no decision changes."""
-        infos = {layer.name: layer for layer in self.workload.quantizable}
-        decided = {self.store.weight(name).data_ptr() for name, info in infos.items() if not info.tied_to}
-        found = {p.data_ptr(): p.nbytes for p in self.model.parameters() if p.data_ptr() not in decided}
-        return sum(found.values())
+    def problem(self, latency: LatencyModel, losses: Mapping[tuple[str, str], float]) -> Problem:
+        """The knapsack of the units' schemes; ``losses`` are sensitivities of (layer, scheme)."""
+        additive = {pair: self.scale.score(loss) for pair, loss in losses.items()}
+        return self.costs.problem(self.units, self.settings.candidates, latency, additive)
 
     def _finalists(self, problem: Problem, found: SearchResult) -> tuple[dict[str, PlanPoint], str]:
         """Label → plan to time beside the unquantized model, and the label under which ``none`` everywhere is timed."""
@@ -531,7 +485,7 @@ class Tuning:
             problem,
             evaluate=judge.evaluate,
             budget=budget,
-            families={unit.name: family(unit.layers[0], self.layers) for unit in problem.units},
+            families={unit.name: loss_family(unit.layers[0], self.layers) for unit in problem.units},
             uniform={name: problem.uniform(name) for name in offered},
             storage=self.settings.storage or str(self.folder / "studies" / f"{self.weights_hash}.journal"),
             fingerprint=judge.fingerprint,
@@ -544,47 +498,6 @@ class Tuning:
         )
 
 
-def check_weights(model: nn.Module, filter_fn: FilterFn | None = None) -> None:
-    """Refuse a model without linear layers, or with NaN or infinite weights in one that may be quantized.
-
-    Raises:
-        ModelError: naming the layer.
-    """
-    sites = find_linears(model, filter_fn)
-    if not sites:
-        raise ModelError(
-            "the model has linear layers (nn.Linear)",
-            where=type(model).__name__,
-            got="none",
-            fix="autoq quantizes nn.Linear only; convolutions and other weights stay as they are.",
-        )
-    for site in sites:
-        if site.reason is None and not bool(torch.isfinite(site.module.weight).all()):
-            count = int((~torch.isfinite(site.module.weight)).sum())
-            raise ModelError(
-                "weights must be finite numbers",
-                where=site.name,
-                got=f"{count} NaN or infinite values",
-                fix="Repair the checkpoint, or leave the layer out with filter_fn.",
-            )
-
-
-def compile_arguments(model: nn.Module) -> dict[str, Any]:
-    """The arguments a compiled model was compiled with, as far as ``torch.compile`` keeps them; empty if it was not."""
-    context = getattr(model, "dynamo_ctx", None)
-    if context is None:
-        return {}
-    found: dict[str, Any] = {}
-    backend = getattr(context, "callback", None)
-    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
-        backend = inner
-    if callable(backend):
-        found["backend"] = backend
-    if getattr(context, "_dynamic", None) is not None:
-        found["dynamic"] = context._dynamic
-    return found
-
-
 def kernels_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Scheme and shape → the kernel that was measured, as a plan records it."""
     return {
@@ -592,15 +505,3 @@ def kernels_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         for row in rows
         if row["status"] == "ok"
     }
-
-
-def family(layer: str, layers: Sequence[str]) -> str:
-    """The family a layer's predicted loss is corrected with: its role, or that it is near an end of the model."""
-    numbers = sorted({int(found[1]) for one in layers if (found := _BLOCK.search(one))})
-    mine = _BLOCK.search(layer)
-    if mine is not None and len(numbers) > 2 * _END_BLOCKS:
-        if int(mine[1]) in numbers[:_END_BLOCKS]:
-            return "first blocks"
-        if int(mine[1]) in numbers[-_END_BLOCKS:]:
-            return "last blocks"
-    return role(layer)

@@ -339,8 +339,8 @@ def measure(
         phases=times["plan" if plan.layers else UNQUANTIZED],
         baseline_phases=times[UNQUANTIZED],
         none_phases=times.get("none", {}),
-        weight_bytes=tuning.weight_bytes(plan.layers),
-        baseline_weight_bytes=tuning.weight_bytes({}),
+        weight_bytes=tuning.costs.weight_bytes(plan.layers),
+        baseline_weight_bytes=tuning.costs.weight_bytes({}),
     )
 
 

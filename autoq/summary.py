@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ _ATTENTION = {"attn", "attention", "self_attn", "self_attention", "cross_attn", 
 _MLP = {"mlp", "ffn", "feed_forward", "feedforward", "experts", "intermediate", "fc1", "fc2", "moe", "block_sparse_moe"}
 _ATTENTION_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv", "qkv_proj", "query", "key", "value", "out_proj"}
 _MLP_LAYERS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "w1", "w2", "w3"}
+_END_BLOCKS = 2  # this many first and last blocks are families of their own
+_BLOCK = re.compile(r"\.(\d+)\.")  # a block's number in a layer's name
 
 
 class SummaryRow(NamedTuple):
@@ -156,3 +159,15 @@ def _bytes_row(measured: Mapping[str, Any]) -> SummaryRow:
 
 def _megabytes(size: int | None) -> str:
     return UNKNOWN if size is None else f"{size / 1e6:.1f}"
+
+
+def loss_family(layer: str, layers: Sequence[str]) -> str:
+    """The family a layer's predicted loss is corrected with: its role, or that it is near an end of the model."""
+    numbers = sorted({int(found[1]) for one in layers if (found := _BLOCK.search(one))})
+    mine = _BLOCK.search(layer)
+    if mine is not None and len(numbers) > 2 * _END_BLOCKS:
+        if int(mine[1]) in numbers[:_END_BLOCKS]:
+            return "first blocks"
+        if int(mine[1]) in numbers[-_END_BLOCKS:]:
+            return "last blocks"
+    return family(layer)

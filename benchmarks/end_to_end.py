@@ -80,7 +80,7 @@ def compare(model: torch.nn.Module, plan: Plan, batches: torch.Tensor) -> list[d
                 "change": math.expm1(found.mean),
                 "low": math.expm1(found.low),
                 "high": math.expm1(found.high),
-                "weight_bytes": tuning.weight_bytes(assignment),
+                "weight_bytes": tuning.costs.weight_bytes(assignment),
                 "time_ms": {name: one.median_us / 1e3 for name, one in times[label].items()},
                 "low_ms": {name: one.low_us / 1e3 for name, one in times[label].items()},
                 "high_ms": {name: one.high_us / 1e3 for name, one in times[label].items()},

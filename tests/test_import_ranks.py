@@ -31,7 +31,7 @@ RANKS = {
         "loading",
         "precise",
     ),
-    7: ("results", "verdict", "diagnosis", "pairs", "judging", "calibration"),
+    7: ("results", "verdict", "diagnosis", "pairs", "judging", "calibration", "costs"),
     8: ("pipeline",),
     9: ("quantizing", "workers"),
     10: ("terminal",),

@@ -16,11 +16,12 @@ import autoq
 from autoq import pipeline, tables
 from autoq.errors import AutoqError, CacheError, InputError, ModelError, SearchError
 from autoq.figures import relative_latency
-from autoq.pipeline import compile_arguments, family
+from autoq.modules import compile_arguments
 from autoq.profiler import isolated as isolated_module
 from autoq.quantizing import loss_meter
 from autoq.reporting import write_files
 from autoq.scheme import Scheme
+from autoq.summary import loss_family
 
 
 class Classifier(nn.Module):
@@ -400,12 +401,12 @@ assert messages, "the fallback was silent"
 
 def test_families_are_roles_and_ends():
     names = [f"model.layers.{i}.{part}" for i in range(8) for part in ("self_attn.q_proj", "mlp.up_proj")]
-    assert family("model.layers.0.mlp.up_proj", names) == "first blocks"
-    assert family("model.layers.7.self_attn.q_proj", names) == "last blocks"
-    assert family("model.layers.3.self_attn.q_proj", names) == "attention"
-    assert family("model.layers.3.mlp.up_proj", names) == "mlp"
-    assert family("lm_head", names) == "lm_head"
-    assert family("0", ["0", "2"]) == "other"
+    assert loss_family("model.layers.0.mlp.up_proj", names) == "first blocks"
+    assert loss_family("model.layers.7.self_attn.q_proj", names) == "last blocks"
+    assert loss_family("model.layers.3.self_attn.q_proj", names) == "attention"
+    assert loss_family("model.layers.3.mlp.up_proj", names) == "mlp"
+    assert loss_family("lm_head", names) == "lm_head"
+    assert loss_family("0", ["0", "2"]) == "other"
 
 
 def test_the_arguments_of_a_compiled_model_are_found_and_compile_another_model_alike():

@@ -14,7 +14,6 @@ from typing import Any
 
 from autoq._files import write_atomic
 from autoq.errors import InputError
-from autoq.evaluation import Additive
 from search_bench import baselines, ours
 from search_bench import frozen as freezing
 from search_bench.fronts import LOSS_UNIT, Plan, gain, hypervolume
@@ -88,8 +87,7 @@ class Bench:
     @cached_property
     def start(self) -> ours.Start:
         """The problem with calibrated losses."""
-        self.tuning.scale = Additive()
-        judge = self.tuning._judge()
+        judge = self.tuning.judge()
         scores = judge.scores(lambda *_: None)
         return ours.start(self.frozen, judge, scores, count=self.options.pairs)
 

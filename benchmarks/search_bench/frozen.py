@@ -14,16 +14,15 @@ from torch import nn
 
 from autoq import candidates
 from autoq._files import write_atomic
-from autoq.calibration import calibrate
 from autoq.errors import InputError
-from autoq.evaluation import Additive
 from autoq.judging import Judge
 from autoq.loading import inputs, load_model
-from autoq.pipeline import Tuning, family
-from autoq.profiler import LatencyModel, isolated_times
+from autoq.pipeline import Tuning
+from autoq.profiler import LatencyModel
 from autoq.results import Settings
 from autoq.scheme import NONE, Scheme
 from autoq.search import Assignment, Option, Problem, Unit
+from autoq.summary import loss_family
 from autoq.workload import LayerInfo, Phase, Workload
 
 Say = Callable[[str, str, int, int], None]
@@ -201,25 +200,17 @@ class Prepared:
     def frozen(self, about: Mapping[str, Any]) -> Frozen:
         """The problem they make, one unit per layer."""
         latency, tuning = self.latency, self.tuning
-        score = {(row["layer"], row["scheme"]): row["score"] for row in self.scores}
         phases = [phase.name for phase in tuning.workload.phases]
-        pass_us: dict[tuple[str, str, str], float] = {}
-        units = []
-        for layer in tuning.workload.quantizable:
-            options = []
-            for one in tuning.settings.candidates:
-                if (layer.name, one.scheme, phases[0]) not in latency.isolated_us:
-                    continue
-                per_pass = {phase: latency.layer_us(layer.name, one.scheme, phase) for phase in phases}
-                pass_us |= {(layer.name, str(one), phase): us for phase, us in per_pass.items()}
-                loss = 0.0 if one.scheme == NONE else tuning.scale.score(score[layer.name, str(one)])
-                time = sum(latency.calls[phase] * us for phase, us in per_pass.items())
-                options.append(Option(scheme=str(one), time_us=time, loss=loss, bytes=tuning._bytes(layer, one)))
-            units.append(Unit(name=layer.name, layers=(layer.name,), options=tuple(options)))
-        fixed = sum(latency.calls[phase] * latency.fixed_us[phase] for phase in phases)
+        problem = tuning.problem(latency, {(row["layer"], row["scheme"]): row["score"] for row in self.scores})
+        pass_us = {
+            (unit.name, option.scheme, phase): latency.layer_us(unit.name, Scheme.parse(option.scheme), phase)
+            for unit in problem.units
+            for option in unit.options
+            for phase in phases
+        }
         return Frozen(
-            problem=Problem(units=tuple(units), fixed_time_us=fixed, fixed_bytes=tuning._other_bytes()),
-            families={unit.name: family(unit.name, tuning.layers) for unit in units},
+            problem=problem,
+            families={unit.name: loss_family(unit.name, tuning.layers) for unit in problem.units},
             shapes={layer.name: _shape(tuning.workload, layer) for layer in tuning.workload.quantizable},
             calls=dict(latency.calls),
             fixed_us=dict(latency.fixed_us),
@@ -256,18 +247,8 @@ def other_tuning(
 
 def prepare(tuning: Tuning) -> Prepared:
     """Profile, score and calibrate as ``tune`` does; what the cache has is not measured again."""
-    rows = tuning._profile()
-    tuning.scale = Additive()
-    judge = tuning._judge()
+    rows = tuning.profile()
+    judge = tuning.judge()
     scores = judge.scores(lambda text, done, total: tuning.say("sensitivity", text, done, total))
-    offered: list[Scheme] = [one.scheme for one in tuning.settings.candidates]
-    latency = calibrate(
-        tuning.timer,
-        tuning.workload,
-        isolated_times(tuning.workload, rows, offered),
-        offered,
-        none_is_stock=tuning.none_is_stock,
-        identity={"weights": tuning.weights_hash, "device": tuning.fingerprint.key},
-        folder=tuning.folder,
-    )
+    latency = tuning.latency(rows)
     return Prepared(tuning=tuning, judge=judge, latency=latency, scores=scores)
