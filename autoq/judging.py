@@ -221,7 +221,7 @@ class Judge:
             replace(
                 found,
                 points=points,
-                pareto=pareto([point for point in points if point.full], budget.axis),
+                pareto=pareto([point for point in points if point.comparable], budget.axis),
                 finalists=tuple(map(counted, found.finalists)),
             ),
             losses,

@@ -150,15 +150,15 @@ class Proposer:
         if len(chosen) < _FRONTIER_PLANS + _PATIENCE:
             return False
         refined = chosen[-_PATIENCE:]
-        rows = max(len(point.evaluation.rows) for point in points)
-        comparable = [point for point in points if point.full and 1 < len(point.evaluation.rows) == rows]
+        comparable = [point for point in points if point.comparable and len(point.evaluation.rows) > 1]
         recent = [point for point in comparable if point in refined]
         older = [point for point in comparable if point not in refined]
         if not recent:
             return True
+        rows = min(len(point.evaluation.rows) for point in comparable)
         gain, noise = gain_and_noise(
             [point.value(self.budget.axis) for point in (*older, *recent)],
-            [point.evaluation.rows for point in (*older, *recent)],
+            [point.evaluation.rows[:rows] for point in (*older, *recent)],
             recent=len(recent),
             reference=self.reference(points),
         )

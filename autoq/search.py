@@ -14,7 +14,7 @@ processes share one, and no finished evaluation is repeated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +101,8 @@ def search(
     """Measure up to ``n_trials`` plans and return the best, with everything learned on the way.
 
     A plan is measured at fidelity 0, and at the next only while its interval leaves it a chance: not surely over
-    the limits, and no fully measured plan is both faster and surely better.
+    the limits, and no plan is both faster and surely better. The last fidelity is for those that could be among the
+    three best within the limits, and for uniform plans.
 
     Any number of processes may search the same at once, or ``join`` the study: they share the plans among them.
 
@@ -204,10 +205,10 @@ def _proposer(definition: Definition) -> Proposer:
 
 
 def _known(opened: optuna.storages.BaseStorage, definition: Definition) -> tuple[Assignment, ...]:
-    """Plans of this problem that other studies measured in full."""
+    """Plans of this problem that other studies measured well enough to compare them."""
     problem, found = definition.problem, []
     uniform = set(definition.uniform.values())
-    for plan in studies.Evaluations(opened, definition.fingerprint).plans(definition.fidelities - 1):
+    for plan in studies.Evaluations(opened, definition.fingerprint).plans(max(definition.fidelities - 2, 0)):
         assignment = tuple(plan["assignment"])
         same = len(assignment) == len(problem.units) and all(
             index < len(unit.options) for index, unit in zip(assignment, problem.units, strict=True)
@@ -231,18 +232,18 @@ def _result(run: Run) -> SearchResult:
     finalists = best + [point for point in fitting if point.source == "uniform" and point not in best][:3]
     return SearchResult(
         points=tuple(points),
-        pareto=pareto(full, run.budget.axis),
+        pareto=pareto([point for point in points if point.comparable], run.budget.axis),
         finalists=tuple(finalists),
         refitted=refitted,
         log_multipliers=fitted,
-        certificate=_certificate(run, best[0], refitted, full) if best else None,
+        certificate=_certificate(run, best[0], refitted) if best else None,
         evaluations=run.evaluations,
         study_name=run.study.study_name,
     )
 
 
-def _certificate(run: Run, best: PlanPoint, refitted: Problem, measured: Sequence[PlanPoint]) -> Certificate | None:
-    loss_error = run.proposer.model.error(measured)
+def _certificate(run: Run, best: PlanPoint, refitted: Problem) -> Certificate | None:
+    loss_error = run.proposer.model.error([point for point in run.points() if point.comparable])
     if loss_error is None:
         return None
     try:

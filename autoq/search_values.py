@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -11,6 +12,8 @@ from autoq.errors import SearchError
 from autoq.knapsack import Assignment, Metric, Problem, Solution, solve
 
 Objective = Literal["latency", "memory", "loss"]
+_FINALISTS = 3
+_PAIRED_ROWS = 4  # fewer tell nothing of their spread
 Source = Literal["uniform", "known", "frontier", "optuna", "local"]
 
 
@@ -155,6 +158,7 @@ class PlanPoint:
         evaluation: the loss measured at ``fidelity``.
         fidelity: index of the fidelity reached.
         full: whether that was the last one; only then is the plan compared with the budget.
+        comparable: whether it was the last or the one before; only then may the plan be part of the front.
     """
 
     assignment: Assignment
@@ -166,6 +170,7 @@ class PlanPoint:
     evaluation: Evaluation
     fidelity: int
     full: bool
+    comparable: bool = True
 
     def value(self, metric: Metric) -> float:
         """Modelled time or bytes, measured loss."""
@@ -209,7 +214,7 @@ class SearchResult:
 
     Attributes:
         points: every measured plan, in the order measured.
-        pareto: the fully measured plans no other one beats in (time or bytes, loss), fastest first.
+        pareto: the plans no other one beats in (time or bytes, loss), fastest first, of those that are ``comparable``.
         finalists: at most three best in budget by objective, then up to three best uniform plans in budget.
         refitted: the problem with losses corrected by all measurements, for ``retarget``.
         log_multipliers: the corrections, by ``family:NAME`` and ``scheme:NAME``.
@@ -236,9 +241,31 @@ def hopeless(point: PlanPoint, points: Sequence[PlanPoint], budget: Budget) -> b
     if surely.excess(budget) > 0 or not math.isfinite(evaluation.high):
         return True
     return any(
-        other.full and other.value(budget.axis) <= point.value(budget.axis) and other.evaluation.high < evaluation.low
+        other.comparable
+        and other.value(budget.axis) <= point.value(budget.axis)
+        and surely_worse(evaluation, other.evaluation)
         for other in points
     )
+
+
+def promising(point: PlanPoint, points: Sequence[PlanPoint], budget: Budget) -> bool:
+    """Whether the point could be among the three best within the limits; uniform plans always may."""
+    if point.source == "uniform":
+        return True
+    best = sorted(one.value(budget.metric) for one in points if one.full and one.excess(budget) == 0)[:_FINALISTS]
+    value = point.evaluation.low if budget.metric == "loss" else point.value(budget.metric)
+    return len(best) < _FINALISTS or value < best[-1]
+
+
+def surely_worse(one: Evaluation, other: Evaluation) -> bool:
+    """Whether a loss exceeds another beyond chance, on the samples that both were measured on."""
+    rows = min(len(one.rows), len(other.rows))
+    if rows < _PAIRED_ROWS or one.rows == other.rows:
+        return other.high < one.low
+    change = [a - b for a, b in zip(one.rows[:rows], other.rows[:rows], strict=True)]
+    # Close to Student's distribution, and a little wider.
+    width = 1.96 * (1.0 + 2.0 / (rows - 1)) * statistics.stdev(change) / math.sqrt(rows)
+    return statistics.fmean(change) > width
 
 
 def pareto(points: Sequence[PlanPoint], axis: Metric) -> tuple[PlanPoint, ...]:

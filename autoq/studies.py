@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoq import leases
 from autoq.errors import SearchError
+from autoq.knapsack import Metric
 from autoq.search_values import Evaluation
 
 if TYPE_CHECKING:
@@ -244,7 +246,7 @@ def distributions(ranges: Mapping[str, tuple[float, float]]) -> dict[str, optuna
 
 
 def draw(
-    trials: Sequence[optuna.trial.FrozenTrial], ranges: Mapping[str, tuple[float, float]], seed: object
+    trials: Sequence[optuna.trial.FrozenTrial], ranges: Mapping[str, tuple[float, float]], seed: object, axis: Metric
 ) -> dict[str, float]:
     """The parameters that TPE tries after these trials: a function of them and the seed, whoever else is running."""
     import optuna
@@ -252,9 +254,20 @@ def draw(
     sampler = optuna.samplers.TPESampler(seed=int(digest(seed)[:8], 16), constant_liar=False)
     with quiet():
         scratch = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
-        scratch.add_trials(trials)
+        scratch.add_trials([_completed(trial, axis) for trial in trials])
         trial = scratch.ask()
         return {name: trial.suggest_float(name, low, high) for name, (low, high) in ranges.items()}
+
+
+def _completed(trial: optuna.trial.FrozenTrial, axis: Metric) -> optuna.trial.FrozenTrial:
+    """A trial that stopped early, with the values measured until then, as one to learn from."""
+    import optuna
+
+    values = [trial.user_attrs.get(f"value:{metric}", math.inf) for metric in (axis, "loss")]
+    if trial.state != optuna.trial.TrialState.PRUNED or not all(map(math.isfinite, values)):
+        return trial
+    params, known = trial.params, trial.distributions
+    return optuna.trial.create_trial(values=values, params=params, distributions=known)
 
 
 class Evaluations:

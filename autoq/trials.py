@@ -17,7 +17,7 @@ from autoq import leases, studies
 from autoq.definition import Definition
 from autoq.knapsack import Assignment, Problem
 from autoq.proposals import Proposal, Proposer
-from autoq.search_values import Budget, Evaluate, Evaluation, PlanPoint, Progress, hopeless
+from autoq.search_values import Budget, Evaluate, Evaluation, PlanPoint, Progress, hopeless, promising
 
 if TYPE_CHECKING:
     import optuna
@@ -114,6 +114,7 @@ class Run:
             evaluation=evaluation,
             fidelity=fidelity,
             full=fidelity == self.definition.fidelities - 1,
+            comparable=fidelity >= self.definition.fidelities - 2,
         )
 
     def _claim(self, n_trials: int, pending: Sequence[Mapping[str, Any]]) -> bool:
@@ -131,7 +132,7 @@ class Run:
             assignment, params = proposal.assignment, proposal.params
             if params is None and assignment is None:
                 seed = [self.definition.seed, len(trials), *([len(pending), attempt] if pending else [])]
-                params = studies.draw(trials, ranges, seed)
+                params = studies.draw(trials, ranges, seed, self.budget.axis)
             if assignment is None:
                 assignment = self.proposer.decode(params or {}, fitted, points)
             if assignment not in taken:
@@ -208,7 +209,10 @@ class Run:
                     self._known.keep(plan["hash"], fidelity, evaluation)
                 trial.set_user_attr(f"evaluation:{fidelity}", evaluation.to_json())
                 point = self._point(plan, fidelity, evaluation)
-                if hopeless(point, self.points(), self.budget):
+                points = self.points()
+                if hopeless(point, points, self.budget):
+                    break
+                if point.comparable and not promising(point, points, self.budget):
                     break
         return point
 
