@@ -104,7 +104,8 @@ class Judge:
     ) -> list[dict[str, Any]]:
         """The sensitivity rows, with the losses measured one at a time where the decision is close.
 
-        What was measured before, for whatever budget, is there too. Pass the rows to ``pairs.calibrated``.
+        What was measured before, for whatever budget, is there too, and counts: another budget's search begins with
+        the same rows. Pass them to ``pairs.calibrated``.
 
         Args:
             problem: with the scores as losses.
@@ -119,7 +120,9 @@ class Judge:
         close = dict.fromkeys(
             (layer, form[layer, scheme]) for layer, scheme in pairs.close(problem, budget, scores, count)
         )
-        missing = [pair for pair in close if have[pair]["measured"] is None]
+        wanted = {(layer, scheme) for (layer, _), scheme in form.items()}
+        room = max(0, count - sum(have[pair]["measured"] is not None for pair in wanted))
+        missing = [pair for pair in close if have[pair]["measured"] is None][:room]
         if missing:
             batches, tokens = pairs.sample(self.meter.batches, self.meter.metric)
             try:

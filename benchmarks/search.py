@@ -67,6 +67,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of our search")
     parser.add_argument("--units", type=int, default=UNITS, help="evaluations of 4,096 tokens that ours may take")
     parser.add_argument("--pairs", type=int, default=pairs.COUNT, help="losses measured one layer at a time; 0: none")
+    parser.add_argument("--max-degradation", type=float, default=0.05, help="budget of one tuning (once)")
     options = parser.parse_args(arguments)
     options.parts = set(options.parts.split(","))
     if options.parts - set(PARTS):
@@ -205,7 +206,7 @@ def main() -> None:
     if options.table:
         show(json.loads(options.table.read_text()))
     elif options.command == "once":  # in a process of its own, see ``cost.fresh``
-        write_json(options.json, cost.tune_once(options.model, options.text, options.cache))
+        write_json(options.json, cost.tune_once(options.model, options.text, options.cache, options.max_degradation))
     else:
         commands = {"figures": figures, "prepare": prepare, "baselines": run_baselines, "reference": run_reference}
         commands[options.command](Bench(options))

@@ -115,7 +115,7 @@ def test_pairs_are_measured_once_whatever_the_budget(tmp_path, monkeypatch):
     same = again.measured_pairs(measured_problem(scores), BUDGET, again.scores(lambda *_: None), print, count=3)
     assert same == found
     other = Budget(objective="loss", max_time_us=100.0)
-    kept = again.measured_pairs(measured_problem(scores), other, scores, print, count=0)
+    kept = again.measured_pairs(measured_problem(scores), other, scores, print, count=len(forms))
     assert kept == found
 
 

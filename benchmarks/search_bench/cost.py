@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,11 +17,11 @@ import autoq
 from autoq.loading import inputs, load_model
 from autoq.search import Option, Problem, Unit, frontier, solve
 
-_MEASURED = ("profiles", "sensitivity", "calibration")  # what a warm cache has; plans' losses are measured again
+_COLD, _WARM = 0.05, 0.03  # budgets: how much the perplexity may rise
 _END_TO_END = ("compile", "calibrate", "verify")
 
 
-def tune_once(model: str, text: Path | None, cache: Path) -> dict[str, Any]:
+def tune_once(model: str, text: Path | None, cache: Path, max_degradation: float) -> dict[str, Any]:
     """Tune a named model and say how long each stage took."""
     loaded = load_model(model)
     batches, _ = inputs(loaded, text)
@@ -37,22 +36,27 @@ def tune_once(model: str, text: Path | None, cache: Path) -> dict[str, Any]:
         last, stage = now, name
         print(f"  {now - begin:6.1f} s {name} {text} {done}/{total}", file=sys.stderr, flush=True)
 
-    result = autoq.tune(loaded.model, batches, cache_dir=cache, progress=progress)
+    result = autoq.tune(loaded.model, batches, max_degradation=max_degradation, cache_dir=cache, progress=progress)
     end = time.perf_counter()
     stages[stage] += end - last
     return {
         "seconds": end - begin,
         "stages": dict(stages),
+        "max_degradation": max_degradation,
         "plans": len(result.front_rows),
+        "measured": result.plan.provenance["measured"],
+        "predicted": result.plan.provenance["predicted"],
+        "certificate": result.plan.provenance["certificate"],
         "notes": list(result.notes),
     }
 
 
-def fresh(script: Path, model: str, text: Path | None, cache: Path) -> dict[str, Any]:
+def fresh(script: Path, model: str, text: Path | None, cache: Path, max_degradation: float) -> dict[str, Any]:
     """The same in a process of its own, whose compiler has nothing cached."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, str(script), "once", "--model", model, "--cache", str(cache), "--json", str(report)]
+        command += ["--max-degradation", str(max_degradation)]
         if text is not None:
             command += ["--text", str(text)]
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor")}
@@ -61,18 +65,16 @@ def fresh(script: Path, model: str, text: Path | None, cache: Path) -> dict[str,
 
 
 def cold_and_warm(script: Path, model: str, text: Path | None, parts: set[str]) -> dict[str, Any]:
-    """Tuning with nothing cached, and again with profile, scores and calibration cached but no plan's loss.
+    """Tuning with nothing cached, and for another budget with what that measured.
 
     Warm seconds are those without compiling and timing what is verified end to end.
     """
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-        found["cold"] = fresh(script, model, text, Path(first))
+    with tempfile.TemporaryDirectory() as cache:
+        found["cold"] = fresh(script, model, text, Path(cache), _COLD)
         found["cold_s"] = found["cold"]["seconds"]
         if "warm" in parts:
-            for name in _MEASURED:
-                shutil.copytree(Path(first) / name, Path(second) / name)
-            found["warm"] = fresh(script, model, text, Path(second))
+            found["warm"] = fresh(script, model, text, Path(cache), _WARM)
             end_to_end = sum(found["warm"]["stages"].get(name, 0.0) for name in _END_TO_END)
             found["warm_s"] = found["warm"]["seconds"] - end_to_end
             found["warm_end_to_end_s"] = end_to_end

@@ -18,7 +18,7 @@ TARGETS: dict[str, tuple[str, str, float, bool]] = {
     "spearman": ("rank correlation, random mixed plans", "{:.3f}", 0.95, False),
     "latency_error_median": ("median error of modelled latency", "{:.2%}", 0.05, True),
     "cold_s": ("seconds of tuning, nothing cached", "{:.0f}", 900, True),
-    "warm_s": ("with profile and scores cached, without compiling", "{:.0f}", 60, True),
+    "warm_s": ("for another budget, with what that measured, without compiling", "{:.0f}", 60, True),
     "knapsack_s": ("slowest knapsack of 224 × 12", "{:.2f}", 2.0, True),
 }
 
