@@ -67,7 +67,7 @@ class Costs:
 
         Args:
             units: name → layers that get one scheme together.
-            candidates: the schemes; a unit has those with a measured time for each of its layers.
+            candidates: the schemes; a unit has those with a time and a loss for each of its layers.
             latency: times of layers.
             losses: (layer, scheme) → loss; that of ``none`` is 0 and need not be there.
         """
@@ -84,7 +84,8 @@ class Costs:
             )
 
         def is_measured(layer: str, candidate: Candidate) -> bool:
-            return (layer, candidate.scheme, phases[0]) in latency.isolated_us
+            timed = (layer, candidate.scheme, phases[0]) in latency.isolated_us
+            return timed and (candidate.scheme == NONE or (layer, str(candidate.scheme)) in losses)
 
         made = []
         for name, layers in units.items():

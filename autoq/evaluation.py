@@ -63,12 +63,17 @@ def paired(losses: Tensor, baseline: Tensor, *, seed: int = 0) -> Difference:
     """The paired difference of two loss vectors with its bootstrap interval.
 
     Args:
-        losses: float [samples].
-        baseline: float [samples], in the same order.
+        losses: float [samples]; infinite where the plan breaks the model.
+        baseline: float [samples or more], in the same order. Where it has more, ``rows`` are runs of as many samples as
+            if there were as many losses, so that they are the first ones of a later measurement on all.
         seed: of the resampling.
     """
-    change = (losses.double() - baseline.double()).cpu()
+    run = -(-baseline.numel() // _MOST_ROWS)
+    partly = losses.numel() < baseline.numel()
+    change = (losses.double() - baseline[: losses.numel()].double()).cpu()
     mean = change.mean().item()
+    if not math.isfinite(mean):
+        return Difference(mean=math.inf, low=math.inf, high=math.inf, samples=change.numel())
     if change.numel() == 1:
         return Difference(mean=mean, low=mean, high=mean, samples=1, rows=(mean,))
     generator = torch.Generator().manual_seed(seed)
@@ -76,8 +81,8 @@ def paired(losses: Tensor, baseline: Tensor, *, seed: int = 0) -> Difference:
     means = change[picks].mean(dim=1)
     tail = (1 - _CONFIDENCE) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    runs = torch.split(change, -(-change.numel() // _MOST_ROWS))
-    rows = tuple(run.mean().item() for run in runs)
+    runs = [part for part in torch.split(change, run) if len(part) == run or not partly]
+    rows = tuple(part.mean().item() for part in runs)
     return Difference(mean=mean, low=low, high=high, samples=change.numel(), rows=rows)
 
 
@@ -93,17 +98,22 @@ def model_losses(model: nn.Module, batches: Sequence[Batch], metric: Metric, *, 
     Raises:
         InputError: if a loss is NaN.
     """
+    return _checked(_run(model, batches, metric, first), metric.name)
+
+
+def _run(model: nn.Module, batches: Sequence[Batch], metric: Metric, first: int) -> Tensor:
     with evaluating(model), torch.no_grad():
         parts = [metric.losses(batch.call(model), index, batch).cpu() for index, batch in enumerate(batches, first)]
-    return _checked(torch.cat(parts), metric.name)
+    return torch.cat(parts)
 
 
 def _checked(losses: Tensor, name: str) -> Tensor:
-    if torch.isnan(losses).any():
+    bad = int((~torch.isfinite(losses)).sum())
+    if bad:
         raise InputError(
-            "a loss must be a number",
+            "a loss must be a finite number",
             where=name,
-            got=f"NaN in {int(torch.isnan(losses).sum())} of {losses.numel()} samples",
+            got=f"NaN or infinity in {bad} of {losses.numel()} samples",
             fix="Check the inputs, and what the loss does with this model's outputs.",
         )
     return losses
@@ -137,7 +147,7 @@ class LossMeter:
         self.eval_fn = eval_fn
         self.eval_repeats = eval_repeats
         self.forms = forms or PhaseForms.extremes(list(shadow.store.modules))
-        self._baseline: dict[int, Tensor] = {}
+        self._baseline: Tensor | None = None
         self._last: tuple[dict[str, Scheme], int, Tensor] | None = None  # assignment, batches, losses
         self.levels = self._levels()
 
@@ -151,7 +161,8 @@ class LossMeter:
     def losses(self, assignment: Mapping[str, Scheme], level: int = -1) -> Tensor:
         """One loss per sample under an assignment without mixes, at a fidelity of ``levels``.
 
-        Of the assignment measured last, only the batches that a higher fidelity adds are run.
+        Of the assignment measured last, only the batches that a higher fidelity adds are run. A loss that is no number
+        is infinite: the plan breaks the model.
         """
         self.shadow.assign(assignment)
         if self.eval_fn is not None:
@@ -162,7 +173,7 @@ class LossMeter:
         if begin < count:
             with self.shadow.exact_products():
                 added = self.batches[begin:count]
-                parts.append(model_losses(self.shadow.model, added, self.metric, first=begin))
+                parts.append(_unbroken(_run(self.shadow.model, added, self.metric, begin)))
         losses = torch.cat(parts)
         self._last = (dict(assignment), count, losses)
         return losses
@@ -171,40 +182,32 @@ class LossMeter:
         with evaluating(self.shadow.model), torch.no_grad():
             first = _as_losses(eval_fn(self.shadow.model))
             if first.numel() > 1:
-                return first
+                return _unbroken(first)
             again = [_as_losses(eval_fn(self.shadow.model)) for _ in range(self.eval_repeats - 1)]
-        return torch.cat([first, *again])
+        return _unbroken(torch.cat([first, *again]))
 
-    def baseline(self, level: int = -1) -> Tensor:
-        """The unquantized model's losses; measured once, at full fidelity."""
-        full = len(self.levels) - 1
-        if full not in self._baseline:
-            self._baseline[full] = self.losses({}, full)
-        losses = self._baseline[full]
-        level = level % len(self.levels)
-        if level == full:
-            return losses
-        if level not in self._baseline:
-            count = self._samples(self.levels[level])
-            self._baseline[level] = losses[:count]
-        return self._baseline[level]
+    def baseline(self) -> Tensor:
+        """The unquantized model's losses at full fidelity; measured once.
+
+        Raises:
+            InputError: if one is no finite number.
+        """
+        if self._baseline is None:
+            losses = self.losses({})
+            self._baseline = _checked(losses, self.metric.name if self.eval_fn is None else "eval_fn")
+        return self._baseline
 
     def remember(self, baseline: Tensor) -> None:
         """Take the unquantized model's losses, float32 [samples] at full fidelity, from an earlier run.
 
         Not for metrics that compare outputs with the unquantized model's.
         """
-        self._baseline[len(self.levels) - 1] = baseline
-
-    def _samples(self, batches: int) -> int:
-        """How many samples the first batches hold; every batch gives the same number unless it is the last."""
-        full = self._baseline[len(self.levels) - 1]
-        return round(full.numel() * batches / len(self.batches)) if self.eval_fn is None else full.numel()
+        self._baseline = baseline
 
     def difference(self, assignment: Mapping[str, Scheme], level: int = -1) -> Difference:
         """The assignment's paired difference to the unquantized model, in its form of the phase with the most rows."""
         form = self.forms.form(assignment, self.forms.largest)
-        baseline = self.baseline(level)
+        baseline = self.baseline()
         if self.eval_fn is None and all(scheme == NONE for scheme in form.values()):
             return paired(baseline, baseline)  # an eval_fn may be noisy, and its noise is wanted
         return paired(self.losses(form, level), baseline)
@@ -221,37 +224,36 @@ def _as_losses(value: Any) -> Tensor:
     losses = value.detach().float().reshape(-1).cpu() if isinstance(value, Tensor) else torch.tensor([float(value)])
     if losses.numel() == 0:
         raise InputError("eval_fn returns a number or a non-empty 1-D tensor of losses", got="an empty tensor")
-    return _checked(losses, "eval_fn")
+    return losses
+
+
+def _unbroken(losses: Tensor) -> Tensor:
+    return losses.masked_fill(torch.isnan(losses), math.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Additive:
     """The scale on which losses of different layers add up, which is the one the search works on.
 
-    Most losses do so as they are. Of a relative RMS the squares do; divided by the limit they are in its unit again,
-    and equal to it at the limit.
+    It does not depend on the budget, so that measured losses serve every budget.
 
     Attributes:
-        limit: the loss limit for a metric whose squares add up; None for one that adds up itself.
+        squares: whether it is the squares that add up, as those of a relative RMS do; other losses do as they are.
     """
 
-    limit: float | None = None
+    squares: bool = False
 
     def to(self, loss: float) -> float:
         """A measured loss on the additive scale."""
-        return loss if self.limit is None else math.copysign(loss * loss, loss) / self.limit
+        return math.copysign(loss * loss, loss) if self.squares else loss
 
     def slope(self, loss: float) -> float:
         """Derivative of ``to``."""
-        return 1.0 if self.limit is None else 2.0 * abs(loss) / self.limit
+        return 2.0 * abs(loss) if self.squares else 1.0
 
     def back(self, value: float) -> float:
         """A value on the additive scale as a loss."""
-        return value if self.limit is None else math.copysign(math.sqrt(abs(value) * self.limit), value)
-
-    def score(self, score: float) -> float:
-        """A sensitivity score, which for squares is a mean square, on the additive scale."""
-        return score if self.limit is None else score / self.limit
+        return math.copysign(math.sqrt(abs(value)), value) if self.squares else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

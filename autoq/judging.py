@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,8 +22,6 @@ from autoq.losses import Batch
 from autoq.scheme import Scheme
 from autoq.search import Assignment, Budget, Evaluation, PlanPoint, Problem, SearchResult
 from autoq.search_values import pareto
-
-_log = logging.getLogger(__name__)
 
 _SCORED_TOKENS = 2048  # tokens whose gradients are taken
 _SCORED_BATCHES = 8  # the same for models without tokens
@@ -46,6 +43,7 @@ class Judge:
         seed: of the scores' random draws.
         scale: on which losses of layers add up.
         tokens: how many were run through the model so far, whole or from a block on; only ``pairs`` are counted.
+        notes: what could not be done, in sentences.
     """
 
     model: nn.Module
@@ -56,6 +54,7 @@ class Judge:
     seed: int
     scale: Additive
     tokens: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
     def scores(self, progress: Callable[[str, int, int], None]) -> list[dict[str, Any]]:
         """Sensitivity rows of all layers and candidates; only schemes without cached rows are scored.
@@ -83,14 +82,21 @@ class Judge:
                 seed=self.seed,
                 progress=progress,
             )
-            for row in new:
-                key = (row["layer"], row["scheme"])
-                have[key] = have.get(key, {}) | row
-            cache.append(have[row["layer"], row["scheme"]] for row in new)
+            scored_rows = {(row["layer"], row["scheme"]): row for row in new}
+            for pair in ((layer, str(one)) for layer in store.modules for one in missing):
+                # A layer that these batches do not call is remembered as one without a score.
+                row = scored_rows.get(pair, {"layer": pair[0], "scheme": pair[1], "score": None})
+                have[pair] = have.get(pair, {}) | row
+            cache.append(have[layer, str(one)] for layer in store.modules for one in missing)
+        unscored = sorted({layer for (layer, _), form in wanted.items() if have[layer, str(form)]["score"] is None})
+        if unscored:
+            self.notes.append(
+                f"{len(unscored)} layers that no batch for accuracy calls stay unquantized: {', '.join(unscored[:5])}."
+            )
         return [
             have[layer, str(form)] | {"scheme": str(scheme)}
             for (layer, scheme), form in wanted.items()
-            if (layer, str(form)) in have
+            if layer not in unscored
         ]
 
     def measured_pairs(
@@ -128,7 +134,7 @@ class Judge:
             try:
                 found = self._measure(missing, batches, progress)
             except ModelError as problem_found:
-                _log.warning("scores are not calibrated by measurements: %s", problem_found)
+                self.notes.append(f"The scores are not calibrated by measurements: {problem_found}")
                 found = {}
             self.tokens["pairs"] += tokens * (len(found) + 1)
             for pair, loss in found.items():

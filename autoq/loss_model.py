@@ -25,6 +25,8 @@ _LARGEST = 3.0
 _COMMON_SPREAD, _OWN_SPREAD = 1.0, 0.5
 # Relative error the additive model keeps after fitting, for plans at the limit.
 _MODEL_ERROR = 0.1
+# The least it keeps, relative to a usual loss; and from how many standard deviations on a plan counts less.
+_FLOOR, _FAR = 0.02, 2.5
 # Local moves: the best switches of either kind that are paired.
 _SWITCHES = 300
 
@@ -94,8 +96,11 @@ class LossModel:
             log_FS = theta[0] + theta[1 : F + 1, None] + theta[F + 1 :]
             part_PFS = share_PFS * np.exp(np.clip(log_FS, -_LARGEST, _LARGEST))
             predicted_P = part_PFS.sum(axis=(1, 2))
-            slope = np.hstack([predicted_P[:, None], part_PFS.sum(axis=2), part_PFS.sum(axis=1)]) / noise_P[:, None]
-            gradient = slope.T @ ((delta_P - predicted_P) / noise_P) - theta / spread**2
+            # What lies far off (a loss of exactly zero, of a measure in steps) gives hardly more than a direction.
+            far_P = np.abs(delta_P - predicted_P) / noise_P
+            counted_P = noise_P * np.sqrt(np.maximum(far_P / _FAR, 1.0))
+            slope = np.hstack([predicted_P[:, None], part_PFS.sum(axis=2), part_PFS.sum(axis=1)]) / counted_P[:, None]
+            gradient = slope.T @ ((delta_P - predicted_P) / counted_P) - theta / spread**2
             step = np.linalg.solve(slope.T @ slope + np.diag(spread**-2.0), gradient)
             theta += np.clip(step, -0.5, 0.5)
             if np.abs(step).max() < 1e-9:
@@ -121,7 +126,7 @@ class LossModel:
         distance_P = np.zeros(len(points))
         if self.limit:
             distance_P = np.minimum(np.abs(delta_P - self.limit) / self.limit, 5.0)
-        floor = 1e-3 * float(np.median(np.abs(delta_P))) + 1e-12
+        floor = _FLOOR * float(np.median(np.abs(delta_P[delta_P != 0.0]))) if delta_P.any() else 1e-12
         model_P = _MODEL_ERROR * (1.0 + distance_P) * np.abs(delta_P)
         return np.sqrt(spread_P**2 + model_P**2 + floor**2)
 
@@ -144,6 +149,8 @@ def neighbours(problem: Problem, base: PlanPoint, budget: Budget) -> Iterator[As
     """
     metrics: tuple[Metric, ...] = ("time", "loss", "bytes")
     where, change = _switches(problem, base.assignment)
+    if not len(where):
+        return
     objective, payment = metrics.index(budget.metric), metrics.index(budget.primary)
     over = base.excess(budget) > 0
     # Over the limits, what must gain is the limited metric and the objective pays.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
-from autoq.errors import InputError, ModelError
+from autoq.errors import ModelError
 from autoq.evaluation import Difference, paired
 from autoq.knapsack import Metric as Axis
 from autoq.knapsack import Problem, Unit, frontier
@@ -36,6 +37,8 @@ class _Part(NamedTuple):
     name: str
 
 
+# What a model may raise that expects its own dtype.
+_FAILURES = (RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
 Pair = tuple[str, str]  # layer, display form of the scheme
 Progress = Callable[[str, int, int], None]
 
@@ -123,7 +126,8 @@ def measure(
     """The loss with only one layer quantized, paired with the unquantized model's, both computed in float32.
 
     Of a causal language model it is the KL divergence of the predictions, bootstrapped by runs of predictions; else
-    the metric itself, bootstrapped by sample. Blocks before the quantized layer run once for all pairs.
+    the metric itself, bootstrapped by sample. A pair whose loss is no finite number is left out. Blocks before the
+    quantized layer run once for all pairs.
 
     Args:
         model: the unquantized model; a copy of it runs.
@@ -135,35 +139,40 @@ def measure(
         progress: called with (layer and scheme, done, total).
 
     Raises:
-        InputError: if a loss is NaN.
         ModelError: if the model does not run in float32.
     """
-    precise, kind = Precise(model, store), distance(metric)
-    before: list[Tensor] = []
+    with _in_float32():
+        precise, kind = Precise(model, store), distance(metric)
+        before: list[Tensor] = []
 
-    def seen(index: int, outputs: Any) -> None:
-        before.append(kind.losses(outputs, index, batches[index]).cpu())
+        def seen(index: int, outputs: Any) -> None:
+            before.append(kind.losses(outputs, index, batches[index]).cpu())
 
-    try:
         prefix = Prefix(precise.model, repeated_blocks(precise.model), batches, seen=seen)
-    except RuntimeError as problem:
-        raise ModelError("the model runs in float32", got=str(problem)) from problem
-    baseline = torch.cat(before)
-    order = sorted(pairs, key=lambda pair: (prefix.start(pair[0]), pair[0], str(pair[1])))
-    found: dict[Pair, Difference] = {}
-    for done, (layer, scheme) in enumerate(order, 1):
-        parts = []
-        with precise.quantized(layer, scheme), torch.no_grad():
-            for index, batch in enumerate(batches):
-                with prefix.from_block(prefix.start(layer), index):
-                    parts.append(kind.losses(batch.call(precise.model), index, batch).cpu())
-        losses = torch.cat(parts)
-        if torch.isnan(losses).any():
-            raise InputError("a loss must be a number", where=f"{layer} in {scheme}", got="NaN")
-        found[layer, str(scheme)] = paired(losses, baseline, seed=seed)
-        if progress is not None:
-            progress(f"{layer} {scheme}", done, len(order))
-    return found
+        baseline = torch.cat(before)
+        order = sorted(pairs, key=lambda pair: (prefix.start(pair[0]), pair[0], str(pair[1])))
+        found: dict[Pair, Difference] = {}
+        for done, (layer, scheme) in enumerate(order, 1):
+            parts = []
+            with precise.quantized(layer, scheme), torch.no_grad():
+                for index, batch in enumerate(batches):
+                    with prefix.from_block(prefix.start(layer), index):
+                        parts.append(kind.losses(batch.call(precise.model), index, batch).cpu())
+            losses = torch.cat(parts)
+            if torch.isfinite(losses).all():  # else the scheme breaks the layer, which the score has to say
+                found[layer, str(scheme)] = paired(losses, baseline, seed=seed)
+            if progress is not None:
+                progress(f"{layer} {scheme}", done, len(order))
+        return found
+
+
+@contextmanager
+def _in_float32() -> Iterator[None]:
+    """What a model raises that insists on its own dtype, as an error that says so."""
+    try:
+        yield
+    except _FAILURES as problem:
+        raise ModelError("the model runs in float32", got=f"{type(problem).__name__}: {problem}") from problem
 
 
 def close(problem: Problem, budget: Budget, scores: Sequence[Mapping[str, Any]], count: int = COUNT) -> list[Pair]:

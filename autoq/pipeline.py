@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from autoq import candidates as schemes
-from autoq import language, pairs, search, sensitivity, studies
+from autoq import language, pairs, search, studies
 from autoq.cache import Fingerprint, ProfileCache, SensitivityCache, default_folder
 from autoq.calibration import Progress, Timer, calibrate
 from autoq.candidates import Candidate
 from autoq.costs import Costs
 from autoq.errors import InputError, ModelError
 from autoq.evaluation import Additive, EvalFn, LossBudget, LossMeter, loss_budget
+from autoq.identity import content_hash, function_hash, model_hash
 from autoq.judging import Judge
 from autoq.losses import Batch, LossFn, TokenNLL, as_batches, default_metric, is_causal_lm
 from autoq.modules import FilterFn, check_weights, compile_arguments, unwrap
@@ -204,7 +205,7 @@ class Tuning:
             eval_fn=self.settings.eval_fn,
             forms=PhaseForms.of(self.workload),
         )
-        self.scale = Additive()
+        self.scale = Additive(squares=self.metric_name == "relative_rms")
         self.timer = Timer(self.model, self.store, self.phases, self.compile_arguments, self.say)
         self.say("record", "", 1, 1)
 
@@ -217,8 +218,6 @@ class Tuning:
         self.say("baseline", "loss of the unquantized model", 0, 1)
         baseline = float(self._baseline().double().mean())
         budget = self._budget(baseline)
-        if self.metric_name == "relative_rms":
-            self.scale = Additive(limit=budget.max_increase or None)
         self.say("baseline", budget.text, 1, 1)
         judge = self.judge()
         scores = judge.scores(partial(self.say, "sensitivity"))
@@ -227,6 +226,8 @@ class Tuning:
         # Which pairs are worth measuring is seen from the problem that the scores alone make.
         problem = self.problem(latency, {(row["layer"], row["scheme"]): row["score"] for row in scores})
         scores = judge.measured_pairs(problem, limits, scores, partial(self.say, "sensitivity"))
+        for text in judge.notes:
+            self.note(text)
         families = {layer: loss_family(layer, self.layers) for layer in self.layers}
         problem = self.problem(latency, pairs.calibrated(scores, families))
         found, phase_losses = judge.in_every_phase(self._search(problem, limits, judge), limits)
@@ -295,7 +296,7 @@ class Tuning:
                 "unit": unit,
                 "text": budget.text,
                 "baseline": budget.baseline,
-                "max_increase": limits.max_loss,
+                "max_increase": None if limits.max_loss is None else self.scale.back(limits.max_loss),
                 "objective": limits.objective,
                 "max_latency_us": limits.max_time_us,
                 "max_weight_bytes": limits.max_bytes,
@@ -358,7 +359,7 @@ class Tuning:
         objective = self.settings.objective
         return Budget(
             objective=objective,
-            max_loss=None if objective == "loss" else budget.max_increase,
+            max_loss=None if objective == "loss" else self.scale.to(budget.max_increase),
             max_time_us=self.settings.max_latency_us,
             max_bytes=self.settings.max_weight_bytes,
         )
@@ -378,11 +379,13 @@ class Tuning:
         )
 
     def identity(self) -> dict[str, str]:
-        """What losses depend on besides the metric: weights, inputs, version."""
-        tensors = [one for batch in self.batches for one in (*batch.args, *batch.kwargs.values())]
+        """What losses depend on besides the metric: the model, its inputs, the user's functions, the version."""
         return {
             "weights": self.weights_hash,
-            "batches": sensitivity.content_hash([one for one in tensors if isinstance(one, Tensor)]),
+            "model": model_hash(self.model),
+            "batches": content_hash([(batch.args, batch.kwargs) for batch in self.batches]),
+            "loss_fn": "" if self.settings.loss_fn is None else function_hash(self.settings.loss_fn),
+            "eval_fn": "" if self.settings.eval_fn is None else function_hash(self.settings.eval_fn),
             "autoq": version("autoq"),
             "seed": str(self.settings.seed),
         }
@@ -391,7 +394,7 @@ class Tuning:
     def weights_hash(self) -> str:
         """Hash of every parameter and buffer, made once."""
         if not hasattr(self, "_weights_hash"):
-            self._weights_hash = sensitivity.content_hash([*self.model.parameters(), *self.model.buffers()])
+            self._weights_hash = content_hash([*self.model.parameters(), *self.model.buffers()])
         return self._weights_hash
 
     def _baseline(self) -> Tensor:
@@ -449,7 +452,7 @@ class Tuning:
             eval_fn=self.settings.eval_fn,
             forms=PhaseForms(rows=recipe["rows"]),
         )
-        self.scale = Additive(limit=recipe["limit"])
+        self.scale = Additive(squares=recipe["squares"])
         return self.judge()
 
     def _recipe(self) -> dict[str, Any]:
@@ -460,15 +463,14 @@ class Tuning:
             "layers": list(self.store.modules),
             "candidates": offered,
             "rows": rows,
-            "limit": self.scale.limit,
+            "squares": self.scale.squares,
         }
 
     # -- search ----------------------------------------------------------------------------------------------------
 
     def problem(self, latency: LatencyModel, losses: Mapping[tuple[str, str], float]) -> Problem:
-        """The knapsack of the units' schemes; ``losses`` are sensitivities of (layer, scheme)."""
-        additive = {pair: self.scale.score(loss) for pair, loss in losses.items()}
-        return self.costs.problem(self.units, self.settings.candidates, latency, additive)
+        """The knapsack of the units' schemes; ``losses`` are those of (layer, scheme), on the additive scale."""
+        return self.costs.problem(self.units, self.settings.candidates, latency, losses)
 
     def _finalists(self, problem: Problem, found: SearchResult) -> tuple[dict[str, PlanPoint], str]:
         """Label → plan to time beside the unquantized model, and the label under which ``none`` everywhere is timed."""

@@ -150,7 +150,11 @@ class Proposer:
         if len(chosen) < _FRONTIER_PLANS + _PATIENCE:
             return False
         refined = chosen[-_PATIENCE:]
-        comparable = [point for point in points if point.comparable and len(point.evaluation.rows) > 1]
+        comparable = [
+            point
+            for point in points
+            if point.comparable and len(point.evaluation.rows) > 1 and point.affordable(self.budget)
+        ]
         recent = [point for point in comparable if point in refined]
         older = [point for point in comparable if point not in refined]
         if not recent:

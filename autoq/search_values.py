@@ -178,6 +178,11 @@ class PlanPoint:
             return self.evaluation.loss_delta
         return self.time_us if metric == "time" else self.bytes
 
+    def affordable(self, budget: Budget) -> bool:
+        """Whether it is within the limits on time and bytes."""
+        hard: tuple[Metric, ...] = ("time", "bytes")
+        return all(self.value(metric) <= budget.limits.get(metric, math.inf) * (1 + 1e-9) for metric in hard)
+
     def excess(self, budget: Budget) -> float:
         """By how much it is over the limits, summed and relative to them; in budget when 0.
 
@@ -237,11 +242,18 @@ class SearchResult:
 def hopeless(point: PlanPoint, points: Sequence[PlanPoint], budget: Budget) -> bool:
     """Whether measuring the point further cannot make it a finalist or part of the front of all points."""
     evaluation = point.evaluation
-    surely = replace(point, evaluation=replace(evaluation, loss_delta=evaluation.low, high=evaluation.low))
-    if surely.excess(budget) > 0 or not math.isfinite(evaluation.high):
+    if not math.isfinite(evaluation.high):
         return True
+    # Few rows tell little of their spread, and a bootstrap of them too little.
+    width = _widening(len(evaluation.rows)) * (evaluation.loss_delta - evaluation.low)
+    if math.isfinite(width):
+        low = evaluation.loss_delta - width
+        surely = replace(point, evaluation=replace(evaluation, loss_delta=low, low=low, high=low))
+        if surely.excess(budget) > 0:
+            return True
     return any(
         other.comparable
+        and other.affordable(budget)
         and other.value(budget.axis) <= point.value(budget.axis)
         and surely_worse(evaluation, other.evaluation)
         for other in points
@@ -259,13 +271,24 @@ def promising(point: PlanPoint, points: Sequence[PlanPoint], budget: Budget) -> 
 
 def surely_worse(one: Evaluation, other: Evaluation) -> bool:
     """Whether a loss exceeds another beyond chance, on the samples that both were measured on."""
-    rows = min(len(one.rows), len(other.rows))
-    if rows < _PAIRED_ROWS or one.rows == other.rows:
+    if not math.isfinite(one.loss_delta) or not math.isfinite(other.loss_delta):
+        return one.loss_delta > other.loss_delta
+    if not one.rows or not other.rows:
         return other.high < one.low
+    rows = min(len(one.rows), len(other.rows))
     change = [a - b for a, b in zip(one.rows[:rows], other.rows[:rows], strict=True)]
-    # Close to Student's distribution, and a little wider.
-    width = 1.96 * (1.0 + 2.0 / (rows - 1)) * statistics.stdev(change) / math.sqrt(rows)
-    return statistics.fmean(change) > width
+    spread = statistics.stdev(change) / math.sqrt(rows) if rows > 1 else 0.0
+    return statistics.fmean(change) > 1.96 * _widening(rows) * spread and rows >= _PAIRED_ROWS
+
+
+def _widening(rows: int) -> float:
+    """By how much an interval of few rows has to be wider: close to Student's distribution, a little more.
+
+    Infinite where rows are too few to be sure of anything; 1 where it is not known how many there were.
+    """
+    if rows == 0:
+        return 1.0
+    return 1.0 + 2.0 / (rows - 1) if rows >= _PAIRED_ROWS else math.inf
 
 
 def pareto(points: Sequence[PlanPoint], axis: Metric) -> tuple[PlanPoint, ...]:

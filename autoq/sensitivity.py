@@ -9,7 +9,6 @@ factor that depends on the scheme, so the search fits that factor from real eval
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -187,13 +186,3 @@ def _differentiate(probe: Probe, found: _Scores, samples: int) -> None:
     found.factor = probe.factor
     found.samples += samples
     probe.value.backward()  # type: ignore[no-untyped-call]  # torch annotates it only in part
-
-
-def content_hash(tensors: Sequence[Tensor]) -> str:
-    """Sixteen hexadecimal digits of the tensors' shapes, dtypes and bytes: what a cached score depends on."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]

@@ -50,7 +50,7 @@ SENSITIVITY = pa.schema(
     [
         ("layer", _TEXT),
         ("scheme", _TEXT),
-        ("score", _REAL),  # second-order estimate of the loss increase
+        ("score", _REAL),  # second-order estimate of the loss increase; null where no batch calls the layer
         ("first_order", _REAL),  # signed first-order part
         ("weight_error", _REAL),  # relative RMS of the weight
         ("output_error", _REAL),  # relative RMS of the layer's output on recorded activations

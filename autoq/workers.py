@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     import optuna
 
 _POLL_S = 1.0
-_NAMES = {"weights": "weights", "batches": "tokens", "metric": "metric", "autoq": "version of autoq", "seed": "seed"}
+_NAMES = {
+    "weights": "weights",
+    "model": "model (its code or settings)",
+    "batches": "tokens",
+    "loss_fn": "loss_fn",
+    "eval_fn": "eval_fn",
+    "metric": "metric",
+    "autoq": "version of autoq",
+    "seed": "seed",
+}
 
 
 def work(

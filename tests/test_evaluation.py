@@ -108,10 +108,12 @@ def test_the_perplexity_budget_is_a_ratio_and_others_are_as_documented():
 
 
 def test_squares_add_up_on_the_additive_scale():
-    scale = Additive(limit=0.05)
-    assert scale.to(0.05) == pytest.approx(0.05)
+    scale = Additive(squares=True)
     assert scale.back(scale.to(0.03) + scale.to(0.04)) == pytest.approx(0.05)
+    assert scale.back(scale.to(-0.03)) == pytest.approx(-0.03)
+    assert scale.slope(0.03) == pytest.approx((scale.to(0.03 + 1e-6) - scale.to(0.03)) / 1e-6, rel=1e-4)
     assert Additive().to(0.3) == Additive().back(0.3) == 0.3
+    assert Additive().slope(0.3) == 1.0
 
 
 def small_model():
@@ -216,6 +218,43 @@ def test_the_rows_of_a_difference_are_the_pairs_and_at_most_64_means():
     assert len(found.rows) == 63
     assert found.rows[1] == pytest.approx((many - base)[16:32].double().mean().item(), abs=1e-7)
     assert sum(found.rows[:62]) * 16 + found.rows[62] * 8 == pytest.approx(1000 * found.mean)
+
+
+def test_rows_of_a_part_are_the_first_rows_of_the_whole():
+    torch.manual_seed(2)
+    losses, baseline = torch.rand(500), torch.rand(500)
+    whole, part = paired(losses, baseline), paired(losses[:130], baseline)
+    assert len(whole.rows) == 63
+    assert part.samples == 130
+    assert part.rows == whole.rows[:16]
+    assert part.mean == pytest.approx((losses - baseline)[:130].double().mean().item())
+
+
+def test_batches_of_unequal_size_are_paired_with_their_own_samples():
+    torch.manual_seed(3)
+    model = small_model()
+    batches = as_batches([torch.randn(rows, 64) for rows in (3, 1, 2, 2, 3, 1, 2, 1)])
+    meter = LossMeter(Shadow(model, PackedStore(model, ["0", "2"])), RelativeRMS(), batches)
+    plan = {"0": Scheme.parse("fp6(format=e3m2)")}
+    found = [meter.difference(plan, level) for level in range(3)]
+    assert [one.samples for one in found] == [3, 4, 15]
+    assert found[0].rows == found[2].rows[:3]
+    assert found[1].rows == found[2].rows[:4]
+
+
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_a_plan_that_breaks_the_model_has_an_infinite_loss(broken):
+    meter = Meter().meter
+    meter.baseline()
+    losses = meter.metric.losses
+    meter.metric.losses = lambda outputs, index, batch: losses(outputs, index, batch).index_fill(
+        0, torch.tensor([0]), broken
+    )
+    found = meter.difference({"0": Scheme.parse("int8wo")})
+    assert (found.mean, found.low, found.high, found.rows) == (math.inf, math.inf, math.inf, ())
+    values = iter([1.0, 1.0, 1.0, broken, 1.0, 1.0])
+    scalar = Meter(eval_fn=lambda model: next(values)).meter
+    assert scalar.difference({"0": Scheme.parse("int8wo")}).high == math.inf
 
 
 def test_a_baseline_from_an_earlier_run_is_used_instead_of_running_the_model():

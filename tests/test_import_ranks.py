@@ -13,7 +13,7 @@ KERNELS = ROOT.parent / "kernels"
 # A unit imports units of lower ranks only; a package's own modules may import each other.
 RANKS = {
     0: ("errors", "_files", "scheme", "knapsack_core"),
-    1: ("workload", "plan", "tables", "numerics", "knapsack_problem", "hypervolume"),
+    1: ("workload", "plan", "tables", "numerics", "knapsack_problem", "hypervolume", "identity"),
     2: ("candidates", "cache", "losses", "summary", "knapsack"),
     3: ("quant_linear", "ties", "figures", "search_values", "phase_forms"),
     4: ("modules", "loss_model", "leases", "studies", "definition"),

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from autoq import pairs
-from autoq.errors import InputError, ModelError
+from autoq.errors import ModelError
 from autoq.knapsack import Option, Problem, Unit
 from autoq.losses import OutputKL, RelativeRMS, TokenNLL, UserLoss, as_batches
 from autoq.precise import Precise
@@ -154,10 +154,27 @@ def test_a_model_that_does_not_run_in_float32_is_refused():
         measured(model, [("0", INT4)], as_batches(torch.randn(4, 64).bfloat16()), RelativeRMS())
 
 
-def test_a_loss_that_is_no_number_is_refused():
-    broken = UserLoss(lambda outputs, given: outputs[:, 0] * math.nan)
-    with pytest.raises(InputError, match="number"):
-        measured(small(), [("0", INT4)], as_batches(torch.randn(4, 64)), broken)
+def test_a_pair_whose_loss_is_no_number_is_left_out():
+    calls = []
+
+    def loss(outputs, given):
+        calls.append(outputs)
+        return outputs[:, 0] * (math.nan if len(calls) == 2 else 1.0)
+
+    found = measured(small(), [("0", INT4), ("2", INT4)], as_batches(torch.randn(4, 64)), UserLoss(loss))
+    assert len(calls) == 3
+    assert [layer for layer, _ in found] == ["2"]
+
+
+def test_a_model_that_asserts_its_dtype_is_refused():
+    class Strict(nn.Sequential):
+        def forward(self, x):
+            assert x.dtype == torch.bfloat16
+            return super().forward(x)
+
+    model = Strict(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 48)).bfloat16()
+    with pytest.raises(ModelError, match=r"float32.*AssertionError"):
+        measured(model, [("0", INT4)], as_batches(torch.randn(4, 64).bfloat16()), RelativeRMS())
 
 
 def test_the_sample_is_the_first_whole_rows():

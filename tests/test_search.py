@@ -6,12 +6,14 @@ import itertools
 import math
 import os
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import optuna
 import pytest
 
 from autoq.errors import SearchError
+from autoq.loss_model import LossModel, neighbours
 from autoq.search import (
     Budget,
     Evaluation,
@@ -21,7 +23,7 @@ from autoq.search import (
     retarget,
     search,
 )
-from autoq.search_values import surely_worse
+from autoq.search_values import PlanPoint, hopeless, surely_worse
 
 SCHEMES = ("none", "int8wo", "int4wo-hqq")
 TIME = (1.0, 0.6, 0.4)
@@ -272,6 +274,53 @@ def test_a_loss_is_surely_worse_by_pairs_of_rows_where_intervals_overlap():
     assert not surely_worse(unsure, better)
 
 
+def test_of_few_rows_nothing_is_sure(tmp_path):
+    rows = (0.011, 0.012)
+    few = Evaluation(loss_delta=0.0115, low=0.011, high=0.012, samples=2, rows=rows)
+    budget = Budget(max_loss=0.01)
+    point = PlanPoint(
+        assignment=(0,), label="", source="uniform", predicted_loss=0.0, time_us=1.0, bytes=1, evaluation=few,
+        fidelity=0, full=False, comparable=False,
+    )  # fmt: skip
+    better = replace(point, time_us=0.5, full=True, comparable=True, evaluation=evaluation([0.001] * 32))
+    assert not hopeless(point, [better], budget)
+    sure = evaluation(np.linspace(0.0114, 0.0116, 8))
+    assert hopeless(replace(point, evaluation=sure), [], budget)
+    assert not surely_worse(few, better.evaluation)
+    assert hopeless(
+        replace(point, evaluation=replace(few, loss_delta=math.inf, low=math.inf, high=math.inf)), [], budget
+    )
+
+
+def test_losses_of_exactly_zero_do_not_make_every_plan_free():
+    truth = Truth(4)
+    model = LossModel(truth.problem, truth.families, truth.budget().max_loss)
+    plans = [truth.uniform["int8wo"], truth.uniform["int4wo-hqq"], (1, 2, 0, 2, 1, 2), (2, 0, 2, 1, 2, 0)]
+
+    def point(assignment, delta, spread):
+        found = Evaluation(loss_delta=delta, low=delta - spread, high=delta + spread, samples=3)
+        return PlanPoint(
+            assignment=assignment, label="", source="local", predicted_loss=0.0, time_us=1.0, bytes=1,
+            evaluation=found, fidelity=0, full=True,
+        )  # fmt: skip
+
+    measured = [point(plan, truth.loss(plan), 0.01 * truth.loss(plan)) for plan in plans]
+    steps = [point((0, 1, 0, 0, 1, 0), 0.0, 0.0), point((1, 0, 0, 1, 0, 0), 0.0, 0.0)]
+    worst = truth.uniform["int4wo-hqq"]
+    before = model.predict(model.fit(measured), worst)
+    assert before == pytest.approx(truth.loss(worst), rel=0.25)
+    assert model.predict(model.fit(measured + steps), worst) == pytest.approx(truth.loss(worst), rel=0.35)
+
+
+def test_units_with_one_scheme_each_have_no_neighbours():
+    unit = Unit(name="u", layers=("l",), options=(Option(scheme="none", time_us=1.0, loss=0.0, bytes=4),))
+    point = PlanPoint(
+        assignment=(0,), label="", source="uniform", predicted_loss=0.0, time_us=1.0, bytes=4,
+        evaluation=evaluation([0.0] * 8), fidelity=0, full=True,
+    )  # fmt: skip
+    assert list(neighbours(Problem(units=(unit,)), point, Budget(max_loss=1.0))) == []
+
+
 def test_equal_plans_are_surely_worse_one_time_in_forty_at_most():
     rng = np.random.default_rng(1)
     for rows in (4, 8, 32):
@@ -317,6 +366,45 @@ def test_objective_loss(limits, tmp_path):
     assert chosen.assignment in allowed
     best = min(truth.loss(a) for a in allowed)
     assert truth.loss(chosen.assignment) <= best + 0.05 * truth.budget().max_loss
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(objective="loss", max_bytes=300),
+        Budget(objective="latency", max_loss=0.2, max_bytes=300),
+        Budget(objective="memory", max_loss=0.2, max_time_us=75.0),
+    ],
+)
+def test_a_plan_over_a_hard_limit_beats_none_within_it(budget, tmp_path):
+    """Quantizing costs time here, as it may on a GPU: the unquantized plan is the fastest, and too large."""
+    schemes = {"none": (10.0, 0.0, 100), "int8wo": (12.0, 0.001, 50), "int4wo-hqq": (15.0, 0.01, 25)}
+
+    def unit(number):
+        options = (
+            Option(scheme=scheme, time_us=time, loss=loss * (1 + 0.1 * number), bytes=size)
+            for scheme, (time, loss, size) in schemes.items()
+        )
+        return Unit(name=f"u{number}", layers=(f"l{number}",), options=tuple(options))
+
+    problem = Problem(units=tuple(map(unit, range(6))))
+
+    def evaluate(plan, fidelity):
+        loss = problem.loss(problem.assignment(plan))
+        return evaluation(loss * (1 + 0.01 * np.cos(np.arange(8 * (fidelity + 1)))))
+
+    found = search(
+        problem,
+        evaluate=evaluate,
+        budget=budget,
+        families=dict.fromkeys((unit.name for unit in problem.units), "all"),
+        uniform={scheme: problem.uniform(scheme) for scheme in schemes},
+        storage=tmp_path / "study.journal",
+        fingerprint="",
+    )
+    best = found.finalists[0]
+    assert best.excess(budget) == 0
+    assert best.value(budget.metric) <= 1.02 * budget.solve(problem).value
 
 
 def test_retarget_needs_no_evaluation(tmp_path):

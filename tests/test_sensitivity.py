@@ -7,9 +7,10 @@ from torch import nn
 from autoq import candidates
 from autoq.errors import InputError
 from autoq.evaluation import LossMeter
+from autoq.identity import content_hash
 from autoq.losses import OutputKL, RelativeRMS, UserLoss, as_batches
 from autoq.scheme import Scheme
-from autoq.sensitivity import content_hash, scores
+from autoq.sensitivity import scores
 from autoq.shadow import PackedStore, Shadow
 
 INT4 = candidates.parse("int4wo-hqq(group_size=64)")

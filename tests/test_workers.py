@@ -192,7 +192,9 @@ def test_a_killed_workers_plan_is_measured_by_another_and_nothing_twice(workers,
     trials = workers.trials(done)
     lost = [one for one in trials if one.state == TrialState.FAIL and "evaluation:1" not in one.user_attrs]
     (lost,) = [one for one in lost if one.user_attrs["lease"]["owner"]["pid"] == killed.pid]
-    assert [one.state for one in trials if _same_plan(one, lost)][1:] in ([TrialState.COMPLETE], [TrialState.PRUNED])
+    # Parameters that Optuna draws may stand for a plan that is known by then; its trial costs nothing.
+    again = [one.state for one in trials if _same_plan(one, lost) and not one.user_attrs["plan"]["repeated"]][1:]
+    assert again in ([TrialState.COMPLETE], [TrialState.PRUNED])
     assert not [one for one in trials if one.state in (TrialState.RUNNING, TrialState.WAITING)]
 
 
@@ -419,8 +421,8 @@ def test_tune_publishes_what_a_worker_needs_and_strangers_are_refused(toy, stora
         None,
     )
     tuning.prepare()
-    tuning.scale = pipeline.Additive(limit=wanted.recipe["limit"])
-    judge = tuning._judge()
+    assert tuning.scale.squares == wanted.recipe["squares"]
+    judge = tuning.judge()
     assert judge.fingerprint == wanted.fingerprint
     for trial in studies.finished(study)[before:]:
         schemes = wanted.problem.schemes(tuple(trial.user_attrs["plan"]["assignment"]))
