@@ -105,9 +105,10 @@ def publish(storage: optuna.storages.BaseStorage, prefix: str, definition: Defin
         study.set_user_attr("identity", dict(definition.identity))
         text = json.dumps(definition.to_json(), separators=(",", ":"))
         chunks = [text[i : i + _CHUNK] for i in range(0, len(text), _CHUNK)]
+        part = digest(text)[:12]  # two processes may publish at once, and what they know may differ
         for number, chunk in enumerate(chunks):
-            study.set_user_attr(f"definition:{number}", chunk)
-        study.set_user_attr("definition", len(chunks))  # last: from now on it is complete
+            study.set_user_attr(f"definition:{part}:{number}", chunk)
+        study.set_user_attr("definition", {"part": part, "chunks": len(chunks)})  # last: from now on it is complete
     if known.get("n_trials") != n_trials:
         study.set_user_attr("n_trials", n_trials)
     return study
@@ -127,5 +128,6 @@ def load(storage: optuna.storages.BaseStorage, name: str) -> tuple[optuna.Study,
 
     study = optuna.load_study(study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler())
     said = study.user_attrs
-    text = "".join(said[f"definition:{number}"] for number in range(said["definition"]))
+    part, chunks = said["definition"]["part"], said["definition"]["chunks"]
+    text = "".join(said[f"definition:{part}:{number}"] for number in range(chunks))
     return study, Definition.from_json(json.loads(text))

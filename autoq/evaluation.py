@@ -210,7 +210,15 @@ class LossMeter:
         baseline = self.baseline()
         if self.eval_fn is None and all(scheme == NONE for scheme in form.values()):
             return paired(baseline, baseline)  # an eval_fn may be noisy, and its noise is wanted
-        return paired(self.losses(form, level), baseline)
+        losses = self.losses(form, level)
+        if level % len(self.levels) == len(self.levels) - 1 and losses.numel() != baseline.numel():
+            raise InputError(
+                "a plan has as many losses as the unquantized model",
+                where=self.metric.name if self.eval_fn is None else "eval_fn",
+                got=f"{losses.numel()} instead of {baseline.numel()}",
+                fix="Return one loss per sample, infinite where a sample fails.",
+            )
+        return paired(losses, baseline)
 
     def by_phase(self, assignment: Mapping[str, Scheme]) -> dict[str, Difference]:
         """Phase → the difference of the assignment's form there; a form that phases share is measured once."""

@@ -39,39 +39,48 @@ def content_hash(values: Any) -> str:
 def model_hash(model: nn.Module) -> str:
     """Sixteen hexadecimal digits of what a model computes besides its weights: its code, structure and settings.
 
-    Seen are the source of its modules' classes, the plain values they keep, and a transformers configuration; not seen
-    is what is reached from there through other objects.
+    Seen are the source of its modules' classes, what their attributes hold, some levels deep, and a transformers
+    configuration.
     """
     modules = {}
     for name, module in model.named_modules():
-        kept = {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN)}
-        modules[name] = [_name(type(module)), _described(kept, 1)]
-    code = {_name(kind): _source(kind) for kind in {type(module) for module in model.modules()}}
+        kept = {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "config"}
+        modules[name] = [_name(type(module)), _described(kept, 3)]
+    code = {_name(kind): _described(_code(kind), _DEPTH) for kind in {type(module) for module in model.modules()}}
     to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
     return _digest([modules, code, _described(to_dict(), _DEPTH)])
 
 
 def function_hash(function: Callable[..., Any]) -> str:
-    """Sixteen hexadecimal digits of a function: its source, its defaults, and what it closes over or is bound to.
-
-    What it reads from global variables is not seen.
-    """
+    """Sixteen hexadecimal digits of a function: its code, and what it reads, closes over or is bound to."""
     return _digest(_described(function, _DEPTH))
 
 
 def _described(value: Any, depth: int) -> Any:
     """A JSON value that differs where the value does, as far as it is looked into."""
-    if isinstance(value, _PLAIN):
-        return repr(value)
-    if isinstance(value, Tensor):
-        return content_hash(value)
-    if depth == 0 or inspect.isclass(value) or inspect.ismodule(value):
-        return _name(value if inspect.isclass(value) else type(value))
+    leaf = _leaf(value, depth)
+    if leaf is not None:
+        return leaf
     if isinstance(value, Mapping):
         kept = [(key, one) for key, one in value.items() if key not in _NOT_COMPUTED_WITH][:_BREADTH]
         return sorted([repr(key), _described(one, depth - 1)] for key, one in kept)
     found = [_described(one, depth - 1) for one in _parts(value)]
     return sorted(found, key=repr) if isinstance(value, set | frozenset) else found
+
+
+def _leaf(value: Any, depth: int) -> str | None:
+    """What stands for a value that is not looked into; None for one that is."""
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return content_hash(value)
+    if hasattr(value, "__array_interface__"):
+        return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    if inspect.isclass(value) or inspect.isbuiltin(value) or inspect.ismethoddescriptor(value):
+        return _name(value)
+    if inspect.ismodule(value):
+        return str(value.__name__)
+    return None if depth else _name(type(value))
 
 
 def _parts(value: Any) -> list[Any]:
@@ -84,8 +93,10 @@ def _parts(value: Any) -> list[Any]:
         return [value.__func__, value.__self__]
     if inspect.isfunction(value):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_full(cell)]
-        return [value.__qualname__, _source(value), value.__defaults__, value.__kwdefaults__, cells]
-    return [_name(type(value)), _source(type(value)), getattr(value, "__dict__", {})]
+        read = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
+        return [value.__qualname__, *_code(value), value.__defaults__, value.__kwdefaults__, cells, read]
+    slots = {name: getattr(value, name, None) for name in getattr(type(value), "__slots__", ())}
+    return [_name(type(value)), *_code(type(value)), getattr(value, "__dict__", {}), slots]
 
 
 def _is_full(cell: Any) -> bool:
@@ -95,18 +106,22 @@ def _is_full(cell: Any) -> bool:
         return False
 
 
-def _source(thing: Any) -> str:
-    """A class's or function's source; where there is none, what it was compiled to."""
+def _code(thing: Any) -> list[Any]:
+    """The source of a class or function, if there is any, and what its functions were compiled to."""
     try:
-        return inspect.getsource(thing)
+        source = inspect.getsource(thing)
     except (OSError, TypeError):
-        functions = [thing, *(vars(thing).values() if inspect.isclass(thing) else ())]
-        codes = [code for one in functions if (code := getattr(one, "__code__", None)) is not None]
-        return repr([(code.co_code, [repr(c) for c in code.co_consts if isinstance(c, _PLAIN)]) for code in codes])
+        source = ""
+    functions = [thing, *(vars(thing).values() if inspect.isclass(thing) else ())]
+    codes = [code for one in functions if (code := getattr(one, "__code__", None)) is not None]
+    return [
+        source,
+        [[code.co_code, [c for c in code.co_consts if isinstance(c, _PLAIN)], code.co_names] for code in codes],
+    ]
 
 
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _name(kind: Any) -> str:
+    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', getattr(kind, '__name__', ''))}"
 
 
 def _digest(value: Any) -> str:

@@ -106,11 +106,22 @@ def sample(batches: Sequence[Batch], metric: Metric, tokens: int = TOKENS) -> tu
         ids = batch.kwargs.get("input_ids")
         if left <= 0 or not isinstance(ids, Tensor):
             break
-        rows = min(len(ids), -(-left // ids.shape[1]))
-        cut = {k: v[:rows] if isinstance(v, Tensor) and len(v) == len(ids) else v for k, v in batch.kwargs.items()}
+        rows, length = min(len(ids), -(-left // ids.shape[1])), max(2, min(tokens, ids.shape[1]))
+        cut = {name: _cut(value, ids, rows, length) for name, value in batch.kwargs.items()}
         chosen.append(Batch.of(cut))
         left -= cut["input_ids"].numel()
     return (chosen, tokens - left) if chosen else (list(batches[:1]), 0)
+
+
+def _cut(value: Any, ids: Tensor, rows: int, length: int) -> Any:
+    """The part of an argument that belongs to the first rows' first tokens."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() > 1 and value.shape[1] == ids.shape[1] and value.shape[0] in (1, len(ids)):
+        return value[:rows, :length]
+    if value.shape[:1] == ids.shape[1:]:
+        return value[:length]
+    return value[:rows] if value.shape[:1] == ids.shape[:1] else value
 
 
 def measure(
@@ -171,6 +182,8 @@ def _in_float32() -> Iterator[None]:
     """What a model raises that insists on its own dtype, as an error that says so."""
     try:
         yield
+    except torch.OutOfMemoryError as problem:
+        raise ModelError("a copy's activations in float32 fit the memory", got=str(problem)) from problem
     except _FAILURES as problem:
         raise ModelError("the model runs in float32", got=f"{type(problem).__name__}: {problem}") from problem
 
@@ -298,7 +311,11 @@ def calibrated(rows: Sequence[Mapping[str, Any]], families: Mapping[str, str] | 
         kinds |= {} if families is None else {"family": families[layer]}
         return {_Part(kind, name): 1.0 for kind, name in kinds.items()} | {_Part("depth", ""): depth[layer]}
 
-    counted = [row for row in rows if row.get("measured") is not None and row["measured_low"] > 0 and row["score"] > 0]
+    counted = [
+        row
+        for row in rows
+        if row.get("measured") is not None and row["measured_low"] > 0 and 0 < row["score"] < math.inf
+    ]
     fitted = _fit([(parts(row), row) for row in counted])
     losses: dict[Pair, float] = {}
     for row in rows:

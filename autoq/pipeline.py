@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -171,6 +172,10 @@ class Tuning:
         self.notes: list[str] = []
         self._progress = progress
         check_weights(self.model, settings.filter_fn)
+        # Before anything runs: a module or a function may count its calls.
+        self._model_hash = model_hash(self.model)
+        functions = {"loss_fn": settings.loss_fn, "eval_fn": settings.eval_fn}
+        self._functions = {name: "" if one is None else function_hash(one) for name, one in functions.items()}
         self.batches = self._batches(batches, phases)
         self.phases = phases if phases is not None else self._default_phases()
         folder = settings.cache_dir or default_folder()
@@ -226,6 +231,9 @@ class Tuning:
         # Which pairs are worth measuring is seen from the problem that the scores alone make.
         problem = self.problem(latency, {(row["layer"], row["scheme"]): row["score"] for row in scores})
         scores = judge.measured_pairs(problem, limits, scores, partial(self.say, "sensitivity"))
+        broken = sum(not math.isfinite(row["score"]) for row in scores)
+        if broken:
+            self.note(f"{broken} (layer, scheme) pairs whose loss is no finite number are left out.")
         for text in judge.notes:
             self.note(text)
         families = {layer: loss_family(layer, self.layers) for layer in self.layers}
@@ -382,10 +390,9 @@ class Tuning:
         """What losses depend on besides the metric: the model, its inputs, the user's functions, the version."""
         return {
             "weights": self.weights_hash,
-            "model": model_hash(self.model),
+            "model": self._model_hash,
             "batches": content_hash([(batch.args, batch.kwargs) for batch in self.batches]),
-            "loss_fn": "" if self.settings.loss_fn is None else function_hash(self.settings.loss_fn),
-            "eval_fn": "" if self.settings.eval_fn is None else function_hash(self.settings.eval_fn),
+            **self._functions,
             "autoq": version("autoq"),
             "seed": str(self.settings.seed),
         }
@@ -401,7 +408,7 @@ class Tuning:
         """The unquantized model's losses; kept from an earlier run where nothing else depends on its outputs."""
         if self.settings.eval_fn is not None or not isinstance(self.meter.metric, TokenNLL):
             return self.meter.baseline()
-        cache = SensitivityCache(self.folder, self._judged_by())
+        cache = SensitivityCache(self.folder, self._judged_by() | {"device": self.fingerprint.key})
         kept = cache.baseline()
         if kept is not None:
             self.meter.remember(torch.tensor(kept, dtype=torch.float32))
@@ -469,8 +476,14 @@ class Tuning:
     # -- search ----------------------------------------------------------------------------------------------------
 
     def problem(self, latency: LatencyModel, losses: Mapping[tuple[str, str], float]) -> Problem:
-        """The knapsack of the units' schemes; ``losses`` are those of (layer, scheme), on the additive scale."""
-        return self.costs.problem(self.units, self.settings.candidates, latency, losses)
+        """The knapsack of the units' schemes.
+
+        Args:
+            latency: times of layers.
+            losses: of (layer, scheme) on the additive scale; one that is no finite number leaves the scheme out.
+        """
+        finite = {pair: loss for pair, loss in losses.items() if math.isfinite(loss)}
+        return self.costs.problem(self.units, self.settings.candidates, latency, finite)
 
     def _finalists(self, problem: Problem, found: SearchResult) -> tuple[dict[str, PlanPoint], str]:
         """Label → plan to time beside the unquantized model, and the label under which ``none`` everywhere is timed."""

@@ -17,19 +17,24 @@ from torch import Tensor, nn
 
 from autoq import candidates
 from autoq.candidates import Candidate, Packed
+from autoq.errors import ModelError
 from autoq.modules import find_linears, unwrap
 from autoq.scheme import Scheme
 from autoq.shadow import PackedStore, float_product, share_weights
 
 _LOW = (torch.bfloat16, torch.float16)
+_MOST_CONVERTED = 0.1  # of the model's bytes
 
 
 class Precise:
-    """The copy: the layers' and the embeddings' weights are the model's own; other low-precision ones are converted.
+    """The copy: linear layers' and embeddings' weights are the model's own; other low-precision ones are converted.
 
     Args:
         model: the user's model, compiled or not; never changed.
         store: packed weights; its layers are the ones that can be quantized.
+
+    Raises:
+        ModelError: if more than a tenth of the model would have to be converted, and held twice.
 
     Attributes:
         model: the copy, in evaluation mode, with all layers unquantized.
@@ -38,9 +43,11 @@ class Precise:
     def __init__(self, model: nn.Module, store: PackedStore) -> None:
         self.store = store
         self.model = share_weights(unwrap(model)).eval()
-        self._sites = {site.name: site.module for site in find_linears(self.model) if site.name in store.modules}
-        kept = [*self._sites.values(), *(one for one in self.model.modules() if isinstance(one, nn.Embedding))]
+        linears = {site.name: site.module for site in find_linears(self.model) if site.reason is None}
+        self._sites = {name: linear for name, linear in linears.items() if name in store.modules}
+        kept = [*linears.values(), *(one for one in self.model.modules() if isinstance(one, nn.Embedding))]
         weights = {id(one.weight) for one in kept}
+        _check_size(self.model, weights)
         changed: dict[int, nn.Parameter] = {}
         for module in self.model.modules():
             for name, parameter in module._parameters.items():
@@ -53,8 +60,8 @@ class Precise:
             if isinstance(module, nn.Embedding):
                 module.register_forward_hook(_to_float)
         self.model.register_forward_pre_hook(_inputs_to_float, with_kwargs=True)
-        for layer, site in self._sites.items():
-            site.__dict__["forward"] = partial(float_product, weight=store.weight(layer), bias=site.bias)
+        for linear in linears.values():
+            linear.__dict__["forward"] = partial(float_product, weight=linear.weight, bias=linear.bias)
 
     @contextmanager
     def quantized(self, layer: str, scheme: Scheme) -> Iterator[None]:
@@ -67,6 +74,16 @@ class Precise:
             yield
         finally:
             site.__dict__["forward"] = before
+
+
+def _check_size(model: nn.Module, kept: set[int]) -> None:
+    sizes = {id(one): one.nbytes for one in model.parameters()}
+    converted = sum(one.nbytes for one in model.parameters() if id(one) not in kept and one.dtype in _LOW)
+    if converted > _MOST_CONVERTED * sum(sizes.values()):
+        raise ModelError(
+            "nearly all of a model's low-precision weights are in linear layers and embeddings",
+            got=f"{converted / 1e6:.0f} MB elsewhere, which a copy in float32 would hold twice over",
+        )
 
 
 def _quantized(x: Tensor, *, candidate: Candidate, packed: Packed, bias: Tensor | None) -> Tensor:

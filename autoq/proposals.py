@@ -30,6 +30,8 @@ _EVERY = 3
 _REPEATS = 5
 # A plan at the limit is tried for at least this relative gain.
 _WORTHWHILE = 2e-4
+# So many of them are new ones, however many are known.
+_NEW_PLANS = 3
 # When the search has converged, so many plans at the limit may still fail to be the best.
 _LIMIT_TRIES = 2
 # The search ends when this many trials together gained no more than chance would.
@@ -134,11 +136,11 @@ class Proposer:
                 point.label.startswith("limit") and not (point.full and point.value(self.budget.metric) <= best)
                 for point in last
             )
-            return [] if tried else [self._at_limit]
+            return [self._known_best] if tried else [self._known_best, self._at_limit]
         others = [self._by_optuna, self._local] if view.turn // _EVERY % 2 else [self._local, self._by_optuna]
         if view.turn >= _FRONTIER_PLANS and view.turn % _EVERY == 0:
-            return [self._at_limit, *others, self._into_gap]
-        return [self._at_limit, self._into_gap, *others]
+            return [self._known_best, self._at_limit, *others, self._into_gap]
+        return [self._known_best, self._at_limit, self._into_gap, *others]
 
     def _fitting(self, points: Sequence[PlanPoint]) -> list[float]:
         """The objective of the fully measured plans within the limits."""
@@ -147,9 +149,12 @@ class Proposer:
     def converged(self, points: Sequence[PlanPoint]) -> bool:
         """Whether the last trials gained no hypervolume beyond what chance would."""
         chosen = [point for point in points if point.source != "uniform"]
-        if len(chosen) < _FRONTIER_PLANS + _PATIENCE:
+        new = sum(point.source != "known" for point in chosen)
+        if len(chosen) < _FRONTIER_PLANS + _PATIENCE or new < _NEW_PLANS:
             return False
         refined = chosen[-_PATIENCE:]
+        if not any(len(point.evaluation.rows) > 1 for point in points):
+            return False  # nothing is known of chance
         comparable = [
             point
             for point in points
@@ -176,6 +181,19 @@ class Proposer:
             limits.get(axis, max(point.value(axis) for point in uniform)),
             limits.get("loss", max(point.evaluation.loss_delta for point in uniform)),
         )
+
+    def _known_best(self, view: _View) -> Proposal | None:
+        """A known plan that would be the best within the limits, were it measured on all samples."""
+        metric, best = self.budget.metric, min(self._fitting(view.points), default=math.inf)
+        promising = [
+            point
+            for point in view.points
+            if not point.full and point.comparable and point.excess(self.budget) == 0 and point.value(metric) < best
+        ]
+        for point in sorted(promising, key=lambda point: point.value(metric)):
+            if point.source == "known" and point.assignment not in view.pending:
+                return Proposal("local", f"{point.label} again", point.assignment)
+        return None
 
     def _at_limit(self, view: _View) -> Proposal | None:
         """The best plan within the limits as the fitted model sees it, if it beats the best that was measured."""
@@ -270,8 +288,21 @@ class Proposer:
         try:
             return self.budget.solve(problem, target=target).assignment
         except SearchError:
+            pass
+        limits = {metric: limit for metric, limit in self.budget.limits.items() if metric != self.budget.primary}
+        for kept in (limits, {}):
             # Nothing fits by the model: the plan that comes nearest may still measure within.
-            return solve(problem, objective=self.budget.primary).assignment
+            try:
+                return solve(
+                    problem,
+                    objective=self.budget.primary,
+                    max_loss=kept.get("loss"),
+                    max_time_us=kept.get("time"),
+                    max_bytes=kept.get("bytes"),
+                ).assignment
+            except SearchError:
+                continue
+        raise AssertionError("without limits there is a plan")
 
     def _reserve(self, fitted: Mapping[str, float], points: Sequence[PlanPoint]) -> float:
         """Logarithm of the share of the loss limit to aim at, so that the measured upper bound meets the limit.

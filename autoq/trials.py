@@ -91,14 +91,14 @@ class Run:
         studies.say_state(self.study, "done")
 
     def points(self) -> list[PlanPoint]:
-        """Every plan measured by a finished trial, once."""
+        """Every plan measured by a finished trial, once, as it was measured best; in the order they were started."""
         found: dict[Assignment, PlanPoint] = {}
         for trial in studies.finished(self.study):
             plan = trial.user_attrs["plan"]
-            if tuple(plan["assignment"]) not in found:
-                fidelity = max(f for f in range(self.definition.fidelities) if f"evaluation:{f}" in trial.user_attrs)
-                evaluation = Evaluation.from_json(trial.user_attrs[f"evaluation:{fidelity}"])
-                point = self._point(plan, fidelity, evaluation)
+            fidelity = max(f for f in range(self.definition.fidelities) if f"evaluation:{f}" in trial.user_attrs)
+            evaluation = Evaluation.from_json(trial.user_attrs[f"evaluation:{fidelity}"])
+            point = self._point(plan, fidelity, evaluation)
+            if point.assignment not in found or found[point.assignment].fidelity < fidelity:
                 found[point.assignment] = point
         return list(found.values())
 
@@ -203,6 +203,8 @@ class Run:
         with leases.Lease(trial, self.storage, self.patience):
             for fidelity in range(self.definition.fidelities):
                 evaluation = self._known.find(plan["hash"], fidelity)
+                if evaluation is None and plan["source"] == "known" and fidelity:
+                    break  # it costs nothing; what it promises is seen from the rest
                 if evaluation is None:
                     evaluation = self.evaluate(schemes, fidelity)
                     self.evaluations += 1

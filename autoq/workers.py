@@ -123,10 +123,11 @@ def _wait(opened: optuna.storages.BaseStorage, study: str | None, seen: _Inputs,
     until = time.monotonic() + wait_s
     while True:
         there = {name: said for name, said in definition.published(opened).items() if said["identity"]}
-        found = _choose(there, study, seen)
+        late = time.monotonic() >= until
+        found = _choose(there, study, seen, done=late)
         if found is not None:
             return found
-        if time.monotonic() >= until:
+        if late:
             break
         time.sleep(min(_POLL_S, wait_s))
     if study is None and there:
@@ -140,8 +141,15 @@ def _wait(opened: optuna.storages.BaseStorage, study: str | None, seen: _Inputs,
     )
 
 
-def _choose(there: Mapping[str, Mapping[str, Any]], study: str | None, seen: _Inputs) -> str | None:
-    """The named study, checked; or the newest with these weights and batches, rather one that is not done."""
+def _choose(there: Mapping[str, Mapping[str, Any]], study: str | None, seen: _Inputs, *, done: bool) -> str | None:
+    """The named study, checked; or the newest with these weights and batches, rather one that is not done.
+
+    Args:
+        there: the studies.
+        study: a study's name.
+        seen: the worker's model and batches.
+        done: whether one that is done will do.
+    """
     if study is not None:
         if study in there:
             _check(study, there[study]["identity"], seen.identity(there[study]["identity"]["seed"]))
@@ -150,7 +158,8 @@ def _choose(there: Mapping[str, Mapping[str, Any]], study: str | None, seen: _In
     mine = [
         (said.get("state") != "done", number, name)
         for number, (name, said) in enumerate(there.items())
-        if not _differences(said["identity"], seen.identity(said["identity"]["seed"]))
+        if (done or said.get("state") != "done")
+        and not _differences(said["identity"], seen.identity(said["identity"]["seed"]))
     ]
     return max(mine)[2] if mine else None
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -97,6 +98,38 @@ def test_a_function_without_source_is_told_by_what_it_was_compiled_to():
     twice = [compiled("def f(x):\n    return 2 * x") for _ in range(2)]
     assert function_hash(twice[0]) == function_hash(twice[1])
     assert function_hash(twice[0]) != function_hash(compiled("def f(x):\n    return 3 * x"))
+
+
+FACTOR = 1
+
+
+def reading(outputs, batch):
+    return FACTOR * helping(outputs)
+
+
+def helping(outputs):
+    return outputs
+
+
+def test_globals_and_helpers_are_followed(monkeypatch):
+    one = function_hash(reading)
+    assert one == function_hash(reading)
+    monkeypatch.setitem(globals(), "FACTOR", 2)
+    assert function_hash(reading) != one
+    monkeypatch.undo()
+    monkeypatch.setitem(globals(), "helping", lambda outputs: -outputs)
+    assert function_hash(reading) != one
+    monkeypatch.undo()
+    assert function_hash(reading) == one
+
+
+def test_functions_on_one_line_arrays_and_attributes_that_are_functions():
+    one, two = (lambda x: x, lambda x: 2 * x)
+    assert function_hash(one) != function_hash(two)
+    assert function_hash(made(1, np.ones(3))) != function_hash(made(1, np.zeros(3)))
+    models = Scaled(), Scaled()
+    models[0].act, models[1].act = torch.relu, torch.tanh
+    assert model_hash(models[0]) != model_hash(models[1])
 
 
 def test_contents_within_structures_are_seen():

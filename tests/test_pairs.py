@@ -108,7 +108,8 @@ def test_the_exact_copy_shares_layers_and_embeddings_and_converts_the_rest():
     assert precise.model.lm_head.weight is model.lm_head.weight
     assert precise.model.model.layers[1].mlp.up_proj.weight is model.model.layers[1].mlp.up_proj.weight
     assert parameters["model.norm.weight"].dtype == torch.float32
-    assert parameters["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float32  # not in the store
+    left_out = "model.layers.0.self_attn.q_proj.weight"  # not in the store
+    assert parameters[left_out] is dict(model.named_parameters())[left_out]
     with pytest.raises(RuntimeError), precise.quantized("lm_head", INT4):
         precise.model.lm_head(torch.zeros(1, 3))
     assert "packed" not in precise.model.lm_head.forward.keywords
@@ -177,9 +178,31 @@ def test_a_model_that_asserts_its_dtype_is_refused():
         measured(model, [("0", INT4)], as_batches(torch.randn(4, 64).bfloat16()), RelativeRMS())
 
 
+def test_a_model_that_would_be_held_twice_is_refused():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 8)
+            self.experts = nn.Parameter(torch.zeros(4, 64, 64))
+
+    model = Experts().bfloat16()
+    with pytest.raises(ModelError, match="twice"):
+        Precise(model, PackedStore(model, ["linear"]))
+
+
+def test_long_rows_are_cut():
+    ids = torch.arange(6000).view(2, 3000)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position": torch.arange(3000)}
+    (found,), count = pairs.sample(as_batches([batch]), TokenNLL(), 1024)
+    assert count == 1024
+    assert torch.equal(found.kwargs["input_ids"], ids[:1, :1024])
+    assert found.kwargs["attention_mask"].shape == (1, 1024)
+    assert torch.equal(found.kwargs["position"], torch.arange(1024))
+
+
 def test_the_sample_is_the_first_whole_rows():
     batches = as_batches([{"input_ids": torch.arange(n * 300).view(n, 300), "flag": True} for n in (4, 4)])
-    for tokens, rows in ((900, [3]), (1024, [4]), (1200, [4]), (1500, [4, 1]), (100, [1]), (9999, [4, 4])):
+    for tokens, rows in ((900, [3]), (1024, [4]), (1200, [4]), (1500, [4, 1]), (9999, [4, 4])):
         found, count = pairs.sample(batches, TokenNLL(), tokens)
         assert [len(one.kwargs["input_ids"]) for one in found] == rows
         assert count == 300 * sum(rows)
