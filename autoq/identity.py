@@ -16,7 +16,15 @@ from torch.utils._pytree import tree_leaves
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _DEPTH = 4  # objects within objects that are looked into
 _BREADTH = 1000  # members of a list or mapping that are looked at
-_NOT_COMPUTED_WITH = ("training", "_is_hf_initialized", "_name_or_path", "name_or_path", "transformers_version")
+_NOT_COMPUTED_WITH = (
+    "training",
+    "config",
+    "generation_config",
+    "_is_hf_initialized",
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+)
 
 
 def content_hash(values: Any) -> str:
@@ -44,11 +52,12 @@ def model_hash(model: nn.Module) -> str:
     """
     modules = {}
     for name, module in model.named_modules():
-        kept = {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "config"}
+        kept = {key: value for key, value in vars(module).items() if not key.startswith("_")}
         modules[name] = [_name(type(module)), _described(kept, 3)]
     code = {_name(kind): _described(_code(kind), _DEPTH) for kind in {type(module) for module in model.modules()}}
-    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
-    return _digest([modules, code, _described(to_dict(), _DEPTH)])
+    configuration = getattr(model, "config", None)
+    known: list[Any] = [getattr(configuration, "to_dict", dict)(), getattr(configuration, "_attn_implementation", None)]
+    return _digest([modules, code, _described(known, _DEPTH)])
 
 
 def function_hash(function: Callable[..., Any]) -> str:
@@ -62,7 +71,9 @@ def _described(value: Any, depth: int) -> Any:
     if leaf is not None:
         return leaf
     if isinstance(value, Mapping):
-        kept = [(key, one) for key, one in value.items() if key not in _NOT_COMPUTED_WITH][:_BREADTH]
+        # What ends in `_cached` is a state, such as the longest row that rotary embeddings have seen.
+        ignored = [key for key in value if key in _NOT_COMPUTED_WITH or str(key).endswith("_cached")]
+        kept = [(key, one) for key, one in value.items() if key not in ignored][:_BREADTH]
         return sorted([repr(key), _described(one, depth - 1)] for key, one in kept)
     found = [_described(one, depth - 1) for one in _parts(value)]
     return sorted(found, key=repr) if isinstance(value, set | frozenset) else found

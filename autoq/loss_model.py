@@ -89,13 +89,14 @@ class LossModel:
             return dict.fromkeys(self.names, 0.0)
         share_PFS = np.stack([self._shares(point.assignment) for point in points])
         delta_P = np.array([point.evaluation.loss_delta for point in points])
-        noise_P = self._noise(points, delta_P)
+        spread_P = np.array([point.evaluation.spread for point in points]) / 1.96
         spread = np.array([_COMMON_SPREAD] + [_OWN_SPREAD] * (F + S))
         theta = np.zeros(1 + F + S)
         for _ in range(30):
             log_FS = theta[0] + theta[1 : F + 1, None] + theta[F + 1 :]
             part_PFS = share_PFS * np.exp(np.clip(log_FS, -_LARGEST, _LARGEST))
             predicted_P = part_PFS.sum(axis=(1, 2))
+            noise_P = self._noise(spread_P, delta_P, predicted_P)
             # What lies far off (a loss of exactly zero, of a measure in steps) gives hardly more than a direction.
             far_P = np.abs(delta_P - predicted_P) / noise_P
             counted_P = noise_P * np.sqrt(np.maximum(far_P / _FAR, 1.0))
@@ -120,15 +121,19 @@ class LossModel:
             errors.append(abs(point.evaluation.loss_delta - self.predict(others, point.assignment)))
         return statistics.median(errors) if len(errors) > 1 else None
 
-    def _noise(self, points: Sequence[PlanPoint], delta_P: Floats) -> Floats:
-        """Standard deviation of each measurement around the model."""
-        spread_P = np.array([point.evaluation.spread for point in points]) / 1.96
-        distance_P = np.zeros(len(points))
+    def _noise(self, spread_P: Floats, delta_P: Floats, predicted_P: Floats) -> Floats:
+        """Standard deviation of each measurement around the model.
+
+        A loss measured as zero is as uncertain as the loss predicted for it.
+        """
+        size_P = np.maximum(np.abs(delta_P), np.abs(predicted_P))
+        distance_P = np.zeros(len(delta_P))
         if self.limit:
             distance_P = np.minimum(np.abs(delta_P - self.limit) / self.limit, 5.0)
-        floor = _FLOOR * float(np.median(np.abs(delta_P[delta_P != 0.0]))) if delta_P.any() else 1e-12
-        model_P = _MODEL_ERROR * (1.0 + distance_P) * np.abs(delta_P)
-        return np.sqrt(spread_P**2 + model_P**2 + floor**2)
+        usual = np.abs(delta_P[delta_P != 0.0])
+        floor = _FLOOR * float(np.median(usual)) if len(usual) else 1e-12
+        model_P = _MODEL_ERROR * (1.0 + distance_P) * size_P
+        return np.asarray(np.sqrt(spread_P**2 + model_P**2 + floor**2))
 
     def _shares(self, assignment: Assignment) -> Floats:
         """The plan's uncorrected loss by family and scheme."""

@@ -12,6 +12,7 @@ import numpy as np
 import optuna
 import pytest
 
+from autoq import studies
 from autoq.errors import SearchError
 from autoq.loss_model import LossModel, neighbours
 from autoq.search import (
@@ -244,6 +245,33 @@ def test_another_budget_starts_from_all_plans_measured_before_and_is_done_soon(t
     allowed = [a for a in every_plan(truth) if truth.measured(a).high <= tighter.max_loss]
     best = min(truth.problem.time_us(a) for a in allowed)
     assert second.finalists[0].time_us <= 1.02 * best
+
+
+def test_numbers_of_another_problem_are_not_taken_for_known_plans(tmp_path):
+    truth = Truth(2)
+    path = tmp_path / "study.journal"
+    truth.search(path, n_trials=8)
+    turned = tuple(replace(unit, options=unit.options[::-1]) for unit in truth.problem.units)
+    other = Truth(2)
+    other.problem = replace(truth.problem, units=turned)
+    other.uniform = {scheme: other.problem.uniform(scheme) for scheme in SCHEMES}
+    found = other.search(path, n_trials=8)
+    assert not [point for point in found.points if point.source == "known"]
+    assert [point for point in truth.search(path, n_trials=8, seed=5).points if point.source == "known"]
+
+
+def test_trials_carry_the_excess_over_the_limits_as_a_constraint(tmp_path):
+    truth = Truth(1)
+    path = tmp_path / "study.journal"
+    result = truth.search(path)
+    study = optuna.load_study(study_name=result.study_name, storage=studies.open_storage(path))
+    full = {point.assignment: point for point in result.points if point.full}
+    complete = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    assert complete
+    for trial in complete:
+        point = full[tuple(trial.user_attrs["plan"]["assignment"])]
+        assert trial.constraints == {"budget": point.excess(truth.budget())}
+        assert trial.values == [point.time_us, point.evaluation.loss_delta]
 
 
 def test_other_weights_or_tokens_reuse_nothing(tmp_path):
