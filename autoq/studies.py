@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from autoq import leases
@@ -168,25 +169,33 @@ def without_password(storage: str | Path) -> str:
     return re.sub(r"([?&]password=)[^&]*", r"\1***", re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", str(storage)))
 
 
-@contextmanager
-def told(storage: str | Path) -> Iterator[None]:
+class told:  # noqa: N801 - used as a function
     """Turn what a database says when it fails amid a search into an error that names it.
+
+    Args:
+        storage: as it was given.
 
     Raises:
         SearchError: in place of Optuna's own.
     """
-    try:
-        yield
-    except Exception as problem:
-        failed = _storage_failure(problem)
-        if failed is None:
-            raise
-        raise SearchError(
-            "the study's database must answer",
-            where=without_password(storage),
-            got=_first_line(failed.__cause__ or failed),
-            fix="What was measured is kept; start again when the database is back.",
-        ) from problem
+
+    def __init__(self, storage: str | Path) -> None:
+        self._storage = storage
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        failed = _storage_failure(problem) if isinstance(problem, Exception) else None
+        if failed is not None:
+            raise SearchError(
+                "the study's database must answer",
+                where=without_password(self._storage),
+                got=_first_line(failed.__cause__ or failed),
+                fix="What was measured is kept; start again when the database is back.",
+            ) from problem
 
 
 def _storage_failure(problem: BaseException | None) -> BaseException | None:
@@ -213,14 +222,6 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     return [trial for trial in trials if "plan" in trial.user_attrs]  # others were added by hand
-
-
-def drop_unstarted(study: optuna.Study) -> None:
-    """Fail the trials that wait for a worker."""
-    from optuna.trial import TrialState
-
-    while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        study.tell(study.ask(), state=TrialState.FAIL)
 
 
 def pending(study: optuna.Study) -> dict[int, dict[str, Any]]:

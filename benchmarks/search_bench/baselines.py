@@ -51,7 +51,7 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 def step(study: optuna.Study, sampler: str, seed: int, frozen: Frozen, measure: Measure) -> optuna.trial.FrozenTrial:
     """One more trial: a uniform plan while there is one left, else the sampler's; a repeated plan costs one too."""
     done = finished(study)
-    studies.drop_unstarted(study)
+    _drop_unstarted(study)
     # Reseeded by the number of trials: a resumed study does not draw again what it drew first.
     study.sampler = make_sampler(sampler, 1000 * seed + len(done))
     uniform = list(frozen.uniform.values())
@@ -90,3 +90,9 @@ def _index(frozen: Frozen, position: int, scheme: str) -> int:
 
 def _labels(frozen: Frozen, assignment: Assignment) -> list[str]:
     return [option.scheme for option in frozen.problem.options(assignment)]
+
+
+def _drop_unstarted(study: optuna.Study) -> None:
+    """Fail the trials that a stopped run left waiting."""
+    while study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)):
+        study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)
