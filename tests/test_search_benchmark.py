@@ -249,7 +249,7 @@ def test_random_plans_mix_all_schemes_at_every_share(bench):
 
 
 def test_the_reference_run_goes_on_until_it_has_its_plans(bench, tmp_path):
-    frozen = frozen_problem(bench, units=40)
+    frozen = frozen_problem(bench, units=12)
     begin = bench.ours.Start(frozen=frozen, tokens={})
     measured = Measured(bench, frozen.problem)
     found, searches = bench.ours.long_run(begin, measured, 8, tmp_path, n_trials=60, say=lambda _: None)
