@@ -266,8 +266,8 @@ def test_a_tied_head_in_autoqs_kernels_is_held_twice_and_counted_so():
     settings = Settings(loss_fn=lambda outputs, batch: outputs.logits.float().square().mean(dim=(1, 2)))
     tuning = Tuning(model, torch.randint(3, 128, (2, 8)), None, settings, None)
     tuning.prepare()
-    size = tuning.weight_bytes(plan.layers)
-    assert size == tuning.weight_bytes({}) + model.lm_head.weight.nbytes
+    size = tuning.costs.weight_bytes(plan.layers)
+    assert size == tuning.costs.weight_bytes({}) + model.lm_head.weight.nbytes
     autoq.apply(model, plan)
     packed = sum(one.candidate.weight_bytes(Packed(one.packed)) for one in quantized_layers(model).values())
     assert packed + sum(parameter.nbytes for parameter in model.parameters()) == size
