@@ -28,8 +28,8 @@ _FRONTIER_PLANS = 8
 _EVERY = 3
 # How many trials in a row may repeat known plans.
 _REPEATS = 5
-# A plan at the limit is tried for at least this relative gain.
-_WORTHWHILE = 2e-4
+# A plan at the limit is tried for at least this relative gain; what is less, no clock would tell from noise.
+_WORTHWHILE = 2e-3
 # So many of them are new ones, however many are known.
 _NEW_PLANS = 3
 # When the search has converged, so many plans at the limit may still fail to be the best.
