@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import autoq
-from autoq import pairs, pipeline, sensitivity, tables
+from autoq import pairs, sensitivity, tables
 from autoq.errors import AutoqError, CacheError, InputError, ModelError, SearchError
 from autoq.figures import relative_latency
 from autoq.modules import compile_arguments
