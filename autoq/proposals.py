@@ -222,7 +222,9 @@ class Proposer:
             for point, loss in zip(plans, losses, strict=True)
         ]
         known = [
-            (p.value(axis), p.evaluation.loss_delta) for p in view.points if math.isfinite(p.evaluation.loss_delta)
+            (point.value(axis), point.evaluation.loss_delta)
+            for point in view.points
+            if math.isfinite(point.evaluation.loss_delta) and point.affordable(self.budget)
         ]
         known += [(problem.value(one, axis), self.model.predict(view.fitted, one)) for one in view.pending]
         gains = improvements(candidates, known, self.reference(view.points))
