@@ -8,7 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -391,18 +391,20 @@ class Tuning:
         return {
             "weights": self.weights_hash,
             "model": self._model_hash,
-            "batches": content_hash([(batch.args, batch.kwargs) for batch in self.batches]),
+            "batches": self._batches_hash,
             **self._functions,
             "autoq": version("autoq"),
             "seed": str(self.settings.seed),
         }
 
-    @property
+    @cached_property
     def weights_hash(self) -> str:
         """Hash of every parameter and buffer, made once."""
-        if not hasattr(self, "_weights_hash"):
-            self._weights_hash = content_hash([*self.model.parameters(), *self.model.buffers()])
-        return self._weights_hash
+        return content_hash([*self.model.parameters(), *self.model.buffers()])
+
+    @cached_property
+    def _batches_hash(self) -> str:
+        return content_hash([(batch.args, batch.kwargs) for batch in self.batches])
 
     def _baseline(self) -> Tensor:
         """The unquantized model's losses; kept from an earlier run where nothing else depends on its outputs."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from autoq.errors import SearchError
 from autoq.hypervolume import gain_and_noise, improvements
-from autoq.knapsack import Assignment, Metric, frontier, solve
+from autoq.knapsack import Assignment, Metric, frontier
 from autoq.loss_model import LossModel, neighbours
 from autoq.search_values import Budget, PlanPoint, Source
 
@@ -144,7 +144,7 @@ class Proposer:
 
     def _fitting(self, points: Sequence[PlanPoint]) -> list[float]:
         """The objective of the fully measured plans within the limits."""
-        return [p.value(self.budget.metric) for p in points if p.full and p.excess(self.budget) == 0]
+        return [point.value(self.budget.metric) for point in points if point.fits(self.budget)]
 
     def converged(self, points: Sequence[PlanPoint]) -> bool:
         """Whether the last trials gained no hypervolume beyond what chance would."""
@@ -290,21 +290,8 @@ class Proposer:
         try:
             return self.budget.solve(problem, target=target).assignment
         except SearchError:
-            pass
-        limits = {metric: limit for metric, limit in self.budget.limits.items() if metric != self.budget.primary}
-        for kept in (limits, {}):
             # Nothing fits by the model: the plan that comes nearest may still measure within.
-            try:
-                return solve(
-                    problem,
-                    objective=self.budget.primary,
-                    max_loss=kept.get("loss"),
-                    max_time_us=kept.get("time"),
-                    max_bytes=kept.get("bytes"),
-                ).assignment
-            except SearchError:
-                continue
-        raise AssertionError("without limits there is a plan")
+            return self.budget.nearest(problem).assignment
 
     def _reserve(self, fitted: Mapping[str, float], points: Sequence[PlanPoint]) -> float:
         """Logarithm of the share of the loss limit to aim at, so that the measured upper bound meets the limit.

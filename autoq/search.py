@@ -14,7 +14,7 @@ processes share one, and no finished evaluation is repeated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from autoq.leases import PATIENCE
 from autoq.loss_model import LossModel
 from autoq.proposals import Proposer
 from autoq.search_values import (
+    FINALISTS,
     Budget,
     Certificate,
     Evaluate,
@@ -151,15 +152,7 @@ def search(
         definition = replace(definition, known=_known(opened, definition))
         study = publish(opened, study_name, definition, n_trials)
         # What the study was made with counts: more plans may be known by now.
-        study, definition = load(opened, study.study_name)
-        run = Run(
-            study=study,
-            storage=opened,
-            definition=definition,
-            evaluate=evaluate,
-            proposer=_proposer(definition),
-            patience=patience,
-        )
+        run = _run(opened, study.study_name, evaluate, patience)
         run.work(lambda: n_trials, progress)
         return _result(run)
 
@@ -184,8 +177,15 @@ def join(
     Raises:
         SearchError: if the study was made by another version of autoq.
     """
+    run = _run(opened, study_name, evaluate, patience)
+    run.work(lambda: int(run.study.user_attrs["n_trials"]), progress)
+    return _result(run)
+
+
+def _run(opened: optuna.storages.BaseStorage, study_name: str, evaluate: Evaluate, patience: int) -> Run:
+    """One worker of a published study."""
     study, definition = load(opened, study_name)
-    run = Run(
+    return Run(
         study=study,
         storage=opened,
         definition=definition,
@@ -193,8 +193,6 @@ def join(
         proposer=_proposer(definition),
         patience=patience,
     )
-    run.work(lambda: int(study.user_attrs["n_trials"]), progress)
-    return _result(run)
 
 
 def _proposer(definition: Definition) -> Proposer:
@@ -223,27 +221,27 @@ def _result(run: Run) -> SearchResult:
     points = run.points()
     fitted = run.proposer.model.fit(points)
     refitted = run.proposer.model.corrected(fitted)
-    full = [point for point in points if point.full]
+    comparable = [point for point in points if point.comparable]
     fitting = sorted(
-        (point for point in full if point.excess(run.budget) == 0),
+        (point for point in points if point.fits(run.budget)),
         key=lambda point: (point.value(run.budget.metric), point.evaluation.loss_delta, point.assignment),
     )
-    best = fitting[:3]
-    finalists = best + [point for point in fitting if point.source == "uniform" and point not in best][:3]
+    best = fitting[:FINALISTS]
+    finalists = best + [point for point in fitting if point.source == "uniform" and point not in best][:FINALISTS]
     return SearchResult(
         points=tuple(points),
-        pareto=pareto([point for point in points if point.comparable], run.budget.axis),
+        pareto=pareto(comparable, run.budget.axis),
         finalists=tuple(finalists),
         refitted=refitted,
         log_multipliers=fitted,
-        certificate=_certificate(run, best[0], refitted) if best else None,
+        certificate=_certificate(run, best[0], refitted, comparable) if best else None,
         evaluations=run.evaluations,
         study_name=run.study.study_name,
     )
 
 
-def _certificate(run: Run, best: PlanPoint, refitted: Problem) -> Certificate | None:
-    loss_error = run.proposer.model.error([point for point in run.points() if point.comparable])
+def _certificate(run: Run, best: PlanPoint, refitted: Problem, measured: Sequence[PlanPoint]) -> Certificate | None:
+    loss_error = run.proposer.model.error(measured)
     if loss_error is None:
         return None
     try:

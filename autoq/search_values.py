@@ -12,7 +12,7 @@ from autoq.errors import SearchError
 from autoq.knapsack import Assignment, Metric, Problem, Solution, solve
 
 Objective = Literal["latency", "memory", "loss"]
-_FINALISTS = 3
+FINALISTS = 3
 _MODELLED = 0.05  # error of modelled times
 _PAIRED_ROWS = 4  # fewer tell nothing of their spread
 Source = Literal["uniform", "known", "frontier", "optuna", "local"]
@@ -81,13 +81,26 @@ class Budget:
         """
         limits = self.limits
         limits[self.primary] *= math.exp(target)
-        return solve(
-            problem,
-            objective=self.metric,
-            max_loss=limits.get("loss"),
-            max_time_us=limits.get("time"),
-            max_bytes=limits.get("bytes"),
-        )
+        return _solve(problem, self.metric, limits)
+
+    def nearest(self, problem: Problem) -> Solution:
+        """The plan with the least of the primary limit's metric, within the other limits if there is one there."""
+        limits = self.limits
+        del limits[self.primary]
+        try:
+            return _solve(problem, self.primary, limits)
+        except SearchError:
+            return _solve(problem, self.primary, {})
+
+
+def _solve(problem: Problem, objective: Metric, limits: Mapping[Metric, float]) -> Solution:
+    return solve(
+        problem,
+        objective=objective,
+        max_loss=limits.get("loss"),
+        max_time_us=limits.get("time"),
+        max_bytes=limits.get("bytes"),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +209,10 @@ class PlanPoint:
                 total += (value - limit) / (limit or 1.0)
         return total
 
+    def fits(self, budget: Budget) -> bool:
+        """Whether it was measured on all samples and is in budget."""
+        return self.full and self.excess(budget) == 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
@@ -267,9 +284,9 @@ def promising(point: PlanPoint, points: Sequence[PlanPoint], budget: Budget) -> 
     """Whether the point could be among the three best within the limits; uniform plans always may."""
     if point.source == "uniform":
         return True
-    best = sorted(one.value(budget.metric) for one in points if one.full and one.excess(budget) == 0)[:_FINALISTS]
+    best = sorted(one.value(budget.metric) for one in points if one.fits(budget))[:FINALISTS]
     value = point.evaluation.low if budget.metric == "loss" else point.value(budget.metric)
-    return len(best) < _FINALISTS or value < best[-1]
+    return len(best) < FINALISTS or value < best[-1]
 
 
 def surely_worse(one: Evaluation, other: Evaluation) -> bool:
