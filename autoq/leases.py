@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from autoq.errors import SearchError
+
 if TYPE_CHECKING:
     import optuna
 
@@ -134,7 +136,7 @@ class Lease:
                 self._beat(number)
             except UpdateFinishedTrialError:
                 return  # taken away; the measuring thread finds out when it stores its result
-            except OSError:
+            except (OSError, SearchError):
                 continue  # a file system may be away for a while
 
 

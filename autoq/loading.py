@@ -113,10 +113,11 @@ def _from_gguf(path: Path) -> Loaded:
         _transformers(package)
     folder, name = path.parent, path.name
     with _quiet(), _read_errors(path):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
         read = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=name,
+            trust_remote_code=False,
             dtype=torch.bfloat16,
             quantization_config=transformers.GgufConfig(dequantize=True, gguf_file=name),
         )
@@ -133,14 +134,18 @@ def _from_gguf(path: Path) -> Loaded:
 @contextmanager
 def _read_errors(path: Path) -> Iterator[None]:
     """What transformers raises on unreadable files, as an InputError."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    kinds = (AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
     try:
         yield
-    except (OSError, ValueError, KeyError, IndexError) as problem:
+    except (*kinds, SafetensorError, StrictDataclassError) as problem:
         raise InputError(
             "transformers must be able to read the model",
             where=str(path),
             got=f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}",
-            fix="Check that the files are complete.",
+            fix="Check that the files are complete, the weights are in safetensors and no code comes with them.",
         ) from problem
 
 
@@ -148,14 +153,21 @@ def _from_folder(path: Path) -> Loaded:
     if not (path / "config.json").is_file():
         raise InputError("a Hugging Face folder has a config.json", where=str(path), got="none", fix=_FORMS)
     transformers = _transformers()
+    # Only what is in transformers itself and in safetensors: a folder's own code and its pickles are refused.
     with _quiet(), _read_errors(path):
-        config = transformers.AutoConfig.from_pretrained(path)
-        named = (config.architectures or [""])[0]
-        kind = getattr(transformers, named, transformers.AutoModel)
-        model = kind.from_pretrained(path, dtype="auto")
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        kind = _architecture(transformers, config.architectures)
+        model = kind.from_pretrained(path, dtype="auto", trust_remote_code=False, use_safetensors=True)
         has_tokenizer = any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False) if has_tokenizer else None
     return Loaded(model=model.eval(), tokenizer=tokenizer, source=f"{path.name or path} ({type(model).__name__})")
+
+
+def _architecture(transformers: Any, named: Any) -> Any:
+    """The model class that a configuration names, if it is one: other names of the package are not called."""
+    name = named[0] if isinstance(named, list) and named else None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else transformers.AutoModel
 
 
 def _from_function(name: str) -> Loaded:

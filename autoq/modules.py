@@ -99,12 +99,16 @@ def find_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[L
     Args:
         model: compiled and wrapped models are looked through.
         filter_fn: called with a layer's name and module; False leaves the layer alone.
+
+    Raises:
+        ModelError: if two layers have one name but for wrappers' prefixes.
     """
     root = unwrap(model)
     names: dict[nn.Module, list[str]] = {}
     for name, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear) and module.in_features > 0 and module.out_features > 0:
             names.setdefault(module, []).append(plain_name(name))
+    _check_distinct(names)
     foreign = _read_by_parent(root)
     sharded = tuple(
         f"{plain_name(name)}." if name else ""
@@ -189,6 +193,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _check_distinct(names: Mapping[nn.Module, list[str]]) -> None:
+    owners: dict[str, nn.Module] = {}
+    for module, found in names.items():
+        for name in found:
+            if owners.setdefault(name, module) is not module:
+                raise ModelError(
+                    "a layer's name is its own also without the prefixes of wrappers (_orig_mod., module., PEFT's)",
+                    where=name,
+                    got="two layers of that name",
+                    fix="Rename the part of the model that is called like a wrapper's.",
+                )
 
 
 def _read_by_parent(root: nn.Module) -> dict[nn.Module, str]:

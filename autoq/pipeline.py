@@ -8,8 +8,9 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from torch import Tensor, nn
 
 from autoq import candidates as schemes
 from autoq import language, pairs, search, studies
-from autoq.cache import Fingerprint, ProfileCache, SensitivityCache, default_folder
+from autoq.cache import (
+    SHAPE,
+    Fingerprint,
+    ProfileCache,
+    SensitivityCache,
+    default_folder,
+    housekeeping,
+    sharing,
+)
 from autoq.calibration import Progress, Timer, calibrate
 from autoq.candidates import Candidate
 from autoq.costs import Costs
@@ -29,7 +38,7 @@ from autoq.judging import Judge
 from autoq.losses import Batch, LossFn, TokenNLL, as_batches, default_metric, is_causal_lm
 from autoq.modules import FilterFn, check_weights, compile_arguments, unwrap
 from autoq.phase_forms import PhaseForms
-from autoq.profiler import LatencyModel, isolated_times, profile
+from autoq.profiler import LatencyModel, isolated_times, profile, shapes_of
 from autoq.profiler.end_to_end import UNQUANTIZED
 from autoq.recorder import record as record_inputs
 from autoq.results import TRIALS, Settings, TuneResult
@@ -61,6 +70,7 @@ def tune(
     max_latency_us: float | None = None,
     max_weight_bytes: int | None = None,
     cache_dir: str | Path | None = None,
+    profile_from: str | None = None,
     filter_fn: FilterFn | None = None,
     n_trials: int | None = None,
     storage: str | None = None,
@@ -87,6 +97,8 @@ def tune(
         max_latency_us: limit on the request's latency.
         max_weight_bytes: limit on the bytes of weights.
         cache_dir: where measurements are kept; default ``~/.cache/autoq``.
+        profile_from: key of another device's profile in the cache (``autoq cache ls``), whose ratios predict the shapes
+            that were not measured here. Every product is still checked here, and finalists are timed here.
         filter_fn: ``filter_fn(name, linear) -> bool``; False leaves a layer alone.
         n_trials: plans whose loss is measured, at most.
         storage: Optuna storage URL, or ``journal:PATH``; default a journal file in ``cache_dir``.
@@ -104,7 +116,7 @@ def tune(
     Raises:
         InputError: batches, phases or limits are not usable, or a loss is NaN.
         ModelError: the model has no linear layer that can be quantized, or NaN weights.
-        CacheError: the cache folder cannot be written.
+        CacheError: the cache folder cannot be written, a file in it is damaged, or has no profile ``profile_from``.
         SearchError: the storage cannot be used.
     """
     settings = Settings(
@@ -117,6 +129,7 @@ def tune(
         max_latency_us=max_latency_us,
         max_weight_bytes=max_weight_bytes,
         cache_dir=None if cache_dir is None else Path(cache_dir),
+        profile_from=profile_from,
         filter_fn=filter_fn,
         n_trials=n_trials or TRIALS,
         storage=storage,
@@ -178,10 +191,18 @@ class Tuning:
         self._functions = {name: "" if one is None else function_hash(one) for name, one in functions.items()}
         self.batches = self._batches(batches, phases)
         self.phases = phases if phases is not None else self._default_phases()
+        for name in self.phases:
+            if not (isinstance(name, str) and name.isprintable()):  # it becomes a key of the plan, which is printed
+                raise InputError("a phase's name is printable text", got=repr(name))
         folder = settings.cache_dir or default_folder()
         self.device = str(next((p.device for p in self.model.parameters()), "cpu"))
         self.fingerprint = Fingerprint.current(self.device)
         self.profiles = ProfileCache(folder, self.fingerprint)
+        if housekeeping.earlier_profiles(folder):
+            self.note(f"Times that an earlier version of autoq kept in {folder} are not read; `autoq cache prune`.")
+        key = settings.profile_from
+        self.predicted_from: dict[str, Any] = {}  # of the plan's provenance
+        self.other_profile = None if key is None else sharing.find(folder, key, foreign=True)
         self.folder = folder
 
     def prepare(self) -> None:
@@ -286,9 +307,7 @@ class Tuning:
     @property
     def none_is_stock(self) -> bool:
         """Whether the plan with ``none`` on every layer is the unquantized model itself."""
-        none = schemes.parse(NONE)
-        weights = map(self.store.weight, self.layers)
-        return all(none.leaves_alone(one.dtype, one.device.type) for one in weights)
+        return self.store.none_is_stock
 
     def _provenance(self, budget: LossBudget, limits: Budget) -> dict[str, Any]:
         """Everything about the run that is not a measured figure."""
@@ -310,11 +329,13 @@ class Tuning:
                 "max_weight_bytes": limits.max_bytes,
             },
             "device": self.fingerprint.to_json(),
-            "versions": {"torch": str(torch.__version__), "optuna": version("optuna")},
+            **self.predicted_from,
+            "versions": versions(),
             "model": {
                 "class": type(self.model).__name__,
                 "weights": self.weights_hash,
                 "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+                "layers": {one.name: {"n": one.n, "k": one.k, "dtype": one.dtype} for one in self.workload.quantizable},
             },
             "notes": list(self.notes),
         }
@@ -347,12 +368,10 @@ class Tuning:
         return language.rows_as_batches(more)
 
     def _default_phases(self) -> dict[str, Phase]:
-        if not is_causal_lm(self.model):
-            batches = self.batches[:_TIMED_BATCHES]
-            return {"forward": Phase([one.given for one in batches], 1 / len(batches))}
-        made = language.synthesised_phases(self.model, language.tokens_of(self.batches)[0])
-        calls = ", ".join(f"{name} × {phase.calls:g}" for name, phase in made.items())
-        self.note(f"No phases were given: a request is taken to be {calls} (see autoq.Phase).")
+        made = default_phases(self.model, self.batches)
+        if is_causal_lm(self.model):
+            calls = ", ".join(f"{name} × {phase.calls:g}" for name, phase in made.items())
+            self.note(f"No phases were given: a request is taken to be {calls} (see autoq.Phase).")
         return made
 
     def _budget(self, baseline: float) -> LossBudget:
@@ -376,15 +395,24 @@ class Tuning:
 
     def profile(self) -> list[dict[str, Any]]:
         """Times of all shapes under all schemes; what the cache has is not measured again."""
-        return profile(
+        shapes = {shape.key for shape in shapes_of(self.workload)}
+        other = self.other_profile
+        predicted = None if other is None else sharing.prediction(other, shapes, self.fingerprint)
+        rows = profile(
             self.workload,
             self.settings.candidates,
-            device_key=self.fingerprint.key,
+            fingerprint=self.fingerprint,
             device=self.device,
-            known=self.profiles.rows(),
+            known=self.profiles.rows(shapes),
+            ratios=None if predicted is None else predicted.ratios,
             keep=self.profiles.append,
             progress=lambda text, done, total: self.say("profile", text, done, total),
         )
+        if predicted is not None:
+            count = len({tuple(row[name] for name in SHAPE) for row in rows if row["origin"]})
+            self.note(predicted.sentence(count))
+            self.predicted_from = {"profile_from": predicted.to_json(count)}
+        return rows
 
     def identity(self) -> dict[str, str]:
         """What losses depend on besides the metric: the model, its inputs, the user's functions, the version."""
@@ -513,6 +541,27 @@ class Tuning:
             seed=self.settings.seed,
             progress=lambda done, total, text: self.say("search", text, done, total),
         )
+
+
+def versions() -> dict[str, str]:
+    """Package → version, of those that times and the search depend on."""
+    found = {"torch": str(torch.__version__), "optuna": version("optuna")}
+    with suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
+    return found
+
+
+def default_phases(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Phase]:
+    """The phases of a model for which the user named none: the batches themselves, or a prompt and decoding after it.
+
+    Args:
+        model: unwrapped.
+        batches: of a causal language model, token rows.
+    """
+    if is_causal_lm(model):
+        return language.synthesised_phases(model, language.tokens_of(list(batches))[0])
+    timed = batches[:_TIMED_BATCHES]
+    return {"forward": Phase([one.given for one in timed], 1 / len(timed))}
 
 
 def kernels_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

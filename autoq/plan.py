@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from autoq._files import write_atomic
+from autoq._files import read_json, shown, write_atomic
 from autoq.errors import AutoqError, PlanError
+from autoq.plan_names import plain_name, renaming
+from autoq.plan_schema import SCHEMA, SECTIONS, check_scheme, check_sections, upgraded, without_figures
+from autoq.plan_text import content_hash, layer_path, plain, text_of, unit_path
 from autoq.scheme import Scheme, Value
 
-SCHEMA = 1
-_SECTIONS = ("schema", "layers", "units", "phases", "kernels", "model", "provenance")
-_PREFIXES = ("_orig_mod.", "module.")
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Plan", "plain_name", "whole_units"]
+
+_log = logging.getLogger(__name__)
+_LIMIT_BYTES = 16 << 20
+_FIX = "Restore the file, or tune again."
+_SHOWN = 5  # names in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +40,10 @@ class Plan:
         model: what besides the linears was decided (KV cache, attention, lm_head).
         provenance: budget, measured and predicted figures, device, versions, model identity, seed, study.
 
-    ``Plan(layers={"fc": "int8wo"})`` accepts schemes in any form.
+    ``Plan(layers={"fc": "int8wo"})`` accepts schemes in any form. The other sections are copied, in JSON's types.
+
+    Raises:
+        PlanError: if a section holds what a plan file may not, with the JSON path.
     """
 
     layers: Mapping[str, Scheme]
@@ -41,16 +54,20 @@ class Plan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_distinct(self.layers)
         layers = {plain_name(name): Scheme.of(scheme) for name, scheme in self.layers.items()}
-        if len(layers) != len(self.layers):
-            raise PlanError("a plan names each layer once", got=", ".join(sorted(self.layers)))
-        object.__setattr__(self, "layers", layers)
         units = {name: tuple(map(plain_name, group)) for name, group in self.units.items()}
         _check_units(units, layers)
-        object.__setattr__(self, "units", units)
+        plain({"layers": {name: scheme.to_json() for name, scheme in layers.items()}, "units": units})
+        rest = {name: plain(getattr(self, name), f"$.{name}") for name in SECTIONS[2:]}
+        check_sections(rest)
+        _check_model(rest["provenance"], layers)
+        rest["phases"] = {name: float(calls) for name, calls in rest["phases"].items()}
+        for name, section in {**rest, "layers": layers, "units": units}.items():
+            object.__setattr__(self, name, section)
 
     def replace(self, changes: Mapping[str, Scheme | str | Mapping[str, Value]]) -> Plan:
-        """A new plan with some layers' schemes changed; its measured figures are dropped.
+        """A new plan with some layers' schemes changed; its measured and predicted figures are dropped.
 
         Units whose layers have different schemes then are dropped too.
 
@@ -64,10 +81,42 @@ class Plan:
                 got=", ".join(unknown),
                 fix="See plan.layers for their names.",
             )
-        layers = dict(self.layers) | {plain_name(k): Scheme.of(v) for k, v in changes.items()}
-        kept = {k: v for k, v in self.provenance.items() if k not in ("measured", "predicted")}
-        units = whole_units(self.units, layers)
-        return replace(self, layers=layers, units=units, provenance=kept | {"edited": True})
+        return self.edited(dict(self.layers) | {plain_name(k): Scheme.of(v) for k, v in changes.items()})
+
+    def edited(self, layers: Mapping[str, Scheme]) -> Plan:
+        """A new plan with another assignment, of these layers only, and nothing that held for the old one."""
+        provenance = without_figures(self.provenance)
+        model = dict(provenance.get("model", {}))
+        if "layers" in model:
+            known = {name: one for name, one in model.pop("layers").items() if name in layers}
+            # Not where a layer has another name than when the shapes were noted.
+            provenance["model"] = {**model, "layers": known} if known.keys() == layers.keys() else model
+        return replace(self, layers=layers, units=whole_units(self.units, layers), provenance=provenance)
+
+    def rebase(self, model: nn.Module) -> Plan:
+        """The same plan under the names that a model has for the layers.
+
+        They are the same ones but for wrappers' prefixes (``_orig_mod.``, ``module.``, PEFT's), or all have one prefix
+        more or one less (``model.layers.0.…`` and ``layers.0.…``). Shapes are compared where the provenance has them.
+        The figures stay: they are those of the same layers.
+
+        Args:
+            model: the float or the quantized model, plain or wrapped. Layers of it that the plan lacks stay so.
+
+        Raises:
+            PlanError: if a layer is not in the model, if several prefixes fit, or if a layer has another shape.
+        """
+        known = self.provenance.get("model", {}).get("layers", {})
+        names = renaming(list(self.layers), {name: (one["n"], one["k"]) for name, one in known.items()}, model)
+        provenance = dict(self.provenance)
+        if known and self.layers:
+            provenance["model"] = provenance["model"] | {"layers": {names[name]: one for name, one in known.items()}}
+        return replace(
+            self,
+            layers={names[name]: scheme for name, scheme in self.layers.items()},
+            units={unit: tuple(names[name] for name in group) for unit, group in self.units.items()},
+            provenance=provenance,
+        )
 
     def counts(self) -> dict[str, int]:
         """How many layers got each scheme, the most used first."""
@@ -81,102 +130,54 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """The file's JSON object."""
-        return {
-            "schema": SCHEMA,
-            "layers": {name: scheme.to_json() for name, scheme in self.layers.items()},
-            "units": {name: list(layers) for name, layers in self.units.items()},
-            "phases": dict(self.phases),
-            "kernels": {device: dict(rows) for device, rows in self.kernels.items()},
-            "model": dict(self.model),
-            "provenance": dict(self.provenance),
-        }
+        """The file's JSON object, with the hash of all the rest of it."""
+        value = plain(
+            {
+                "schema": SCHEMA,
+                "layers": {name: scheme.to_json() for name, scheme in self.layers.items()},
+                **{name: getattr(self, name) for name in SECTIONS[1:]},
+            }
+        )
+        return {**value, "hash": content_hash(value)}
 
     @classmethod
     def from_json(cls, value: Any, *, where: str = "plan") -> Plan:
         """Read ``to_json``'s object, strictly.
 
+        An object whose hash does not fit the rest was edited: its measured and predicted figures are dropped, and
+        ``provenance["edited"]`` is set.
+
         Raises:
             PlanError: with the JSON path of the first thing that is wrong.
         """
-        if not isinstance(value, dict):
-            raise PlanError("a plan is a JSON object", where=where, got=type(value).__name__)
-        schema = value.get("schema")
-        if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
-            raise PlanError("$.schema is a positive integer", where=where, got=repr(schema))
-        if schema > SCHEMA:
-            raise PlanError(
-                f"this autoq reads plans up to schema {SCHEMA}",
-                where=where,
-                got=f"schema {schema}",
-                fix="Upgrade autoq, or tune again with this version.",
-            )
-        for key in value:
-            if key not in _SECTIONS:
-                raise PlanError(f"$.{key} is not a section of a plan", where=where)
-        if not isinstance(value.get("layers"), dict):
-            raise PlanError("$.layers is an object of layer name to scheme", where=where)
-        for section in _SECTIONS[2:]:
-            if not isinstance(value.get(section, {}), dict):
-                raise PlanError(f"$.{section} is an object", where=where)
-        for unit, group in value.get("units", {}).items():
-            if not isinstance(group, list) or not all(isinstance(layer, str) for layer in group):
-                raise PlanError(f"{_unit_path(unit)} is a list of layers of the plan", where=where, got=repr(group))
-        layers = {name: _scheme(name, scheme, where) for name, scheme in value["layers"].items()}
-        phases = _numbers(value.get("phases", {}), where)
         try:
-            return cls(
-                layers=layers,
-                units=value.get("units", {}),
-                phases=phases,
-                kernels=value.get("kernels", {}),
-                model=value.get("model", {}),
-                provenance=value.get("provenance", {}),
-            )
-        except PlanError as problem:
+            return _read(cls, value, where)
+        except AutoqError as problem:
             raise PlanError(problem.rule, where=where, got=problem.got, fix=problem.fix) from problem
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, atomically: the old file stays until the new one is complete.
+        """Write the plan as canonical JSON, atomically: the old file stays until the new one is complete.
+
+        The same plan always gives the same bytes.
 
         Raises:
-            PlanError: if the folder cannot be written.
+            PlanError: if the folder cannot be written, or a scheme is none that autoq knows.
         """
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
+        value = self.to_json()
+        for name, scheme in value["layers"].items():
+            check_scheme(name, scheme)
+        text = text_of(value) + "\n"
         write_atomic(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"), PlanError)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan file.
+        """Read a plan file; see ``from_json``.
 
         Raises:
             PlanError: if it is missing, cut, of a newer schema, or anything in it is not understood.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as problem:
-            raise PlanError("the plan file must be readable", where=str(path), got=str(problem)) from problem
-        try:
-            value = json.loads(text, object_pairs_hook=_no_duplicates)
-        except PlanError as problem:
-            raise PlanError(problem.rule, where=str(path), got=problem.got) from problem
-        except ValueError as problem:
-            raise PlanError(
-                "a plan file holds one complete JSON object",
-                where=str(path),
-                got=str(problem),
-                fix="The file looks cut or edited wrongly; restore it or tune again.",
-            ) from problem
-        except RecursionError:
-            raise PlanError("a plan file is not nested this deeply", where=str(path)) from None
+        value = read_json(path, PlanError, what="a plan file", limit_bytes=_LIMIT_BYTES, fix=_FIX)
         return cls.from_json(value, where=str(path))
-
-
-def plain_name(name: str) -> str:
-    """A layer's name without the wrappers' prefixes (torch.compile's, DistributedDataParallel's)."""
-    for prefix in _PREFIXES:
-        name = name.replace(f".{prefix}", ".").removeprefix(prefix)
-    return name
 
 
 def whole_units(units: Mapping[str, tuple[str, ...]], layers: Mapping[str, Scheme]) -> dict[str, tuple[str, ...]]:
@@ -188,23 +189,72 @@ def whole_units(units: Mapping[str, tuple[str, ...]], layers: Mapping[str, Schem
     }
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen = dict(pairs)
-    if len(seen) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise PlanError("a key appears once in an object", got=", ".join(twice))
-    return seen
+def _read(kind: type[Plan], given: Any, where: str) -> Plan:
+    if not isinstance(given, Mapping):
+        raise PlanError("a plan is a JSON object", got=type(given).__name__)
+    value = plain(given)
+    schema = value.pop("schema", None)
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise PlanError("$.schema is a positive integer", got=shown(schema))
+    if schema > SCHEMA:
+        raise PlanError(
+            f"this autoq reads plans up to schema {SCHEMA}",
+            got=f"schema {schema}",
+            fix="Upgrade autoq, or tune again with this version.",
+        )
+    edited = False
+    if schema == 1:
+        value = upgraded(value)
+    else:
+        found = value.pop("hash", "")
+        if not isinstance(found, str):
+            raise PlanError("$.hash is text", got=shown(found), fix="Leave it out of a file that you edit.")
+        # A file written by hand has neither.
+        by_hand = "hash" not in given and not value.get("provenance")
+        edited = not by_hand and found != content_hash({**value, "schema": schema})
+    if "layers" not in value:
+        raise PlanError("$.layers is an object of layer name to scheme", got="a file without it")
+    check_sections(value)
+    for name, scheme in value["layers"].items():
+        check_scheme(name, scheme)
+    if edited:
+        value["provenance"] = without_figures(value.get("provenance", {}))
+    plan = kind(**value)
+    if edited:
+        _log.warning("%s was edited after autoq wrote it: its measured and predicted figures are dropped", where)
+    return plan
 
 
-def _scheme(name: str, value: Any, where: str) -> Scheme:
-    path = f"$.layers[{json.dumps(name)}]"
-    if not isinstance(value, dict):
-        raise PlanError(f'{path} is an object such as {{"scheme": "int8wo"}}', where=where, got=repr(value))
-    try:
-        return Scheme.of(value)
-    except AutoqError as problem:
-        raise PlanError(f"{path}: {problem.rule}", where=where, got=problem.got, fix=problem.fix) from problem
+def _check_distinct(layers: Mapping[str, Any]) -> None:
+    """Refuse layers that are one layer but for wrappers' prefixes."""
+    seen: dict[str, str] = {}
+    for name in layers:
+        first = seen.setdefault(plain_name(name), name)
+        if first != name:
+            raise PlanError(
+                f"{layer_path(name)}: a plan names each layer once",
+                got=f"{first!r} and {name!r}, which are both {plain_name(name)!r}",
+            )
+
+
+def _check_model(provenance: Mapping[str, Any], layers: Mapping[str, Scheme]) -> None:
+    """Refuse layers that the model of the provenance lacks, and a plan that lacks some of that model's."""
+    known = provenance.get("model", {}).get("layers")
+    if known is None or not layers:
+        return
+    unknown, missing = sorted(set(layers) - set(known)), sorted(set(known) - set(layers))
+    if unknown:
+        raise PlanError(
+            f"{layer_path(unknown[0])} is a layer of $.provenance.model.layers",
+            got=f"{len(unknown)} that are not: {', '.join(unknown[:_SHOWN])}",
+            fix="Correct the name; for a model with other names, use rebase() on the plan as it was.",
+        )
+    if missing:
+        raise PlanError(
+            "$.layers has all layers of $.provenance.model.layers",
+            got=f"{len(missing)} missing: {', '.join(missing[:_SHOWN])}",
+            fix='A layer that is to stay as it is has {"scheme": "none"}.',
+        )
 
 
 def _check_units(units: Mapping[str, tuple[str, ...]], layers: Mapping[str, Scheme]) -> None:
@@ -213,25 +263,14 @@ def _check_units(units: Mapping[str, tuple[str, ...]], layers: Mapping[str, Sche
     for unit, group in units.items():
         unknown = [layer for layer in group if layer not in layers]
         if unknown:
-            raise PlanError(f"{_unit_path(unit)} is a list of layers of the plan", got=", ".join(unknown[:5]))
+            raise PlanError(f"{unit_path(unit)} is a list of layers of the plan", got=", ".join(unknown[:_SHOWN]))
         schemes = sorted({str(layers[layer]) for layer in group})
         if len(schemes) > 1:
             raise PlanError(
-                f"{_unit_path(unit)}: its layers have one scheme",
+                f"{unit_path(unit)}: its layers have one scheme",
                 got=", ".join(schemes),
                 fix="Give them the same scheme, or take the unit out of the plan.",
             )
         shared = [layer for layer in group if owners.setdefault(layer, unit) != unit]
         if shared:
-            raise PlanError(f"{_unit_path(unit)}: a layer is in one unit", got=", ".join(shared[:5]))
-
-
-def _unit_path(unit: str) -> str:
-    return f"$.units[{json.dumps(unit)}]"
-
-
-def _numbers(phases: Mapping[str, Any], where: str) -> dict[str, float]:
-    for name, calls in phases.items():
-        if isinstance(calls, bool) or not isinstance(calls, int | float) or not calls > 0:
-            raise PlanError(f"$.phases[{json.dumps(name)}] is a positive number of calls", where=where, got=repr(calls))
-    return {name: float(calls) for name, calls in phases.items()}
+            raise PlanError(f"{unit_path(unit)}: a layer is in one unit", got=", ".join(shared[:_SHOWN]))

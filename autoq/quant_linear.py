@@ -12,15 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoq import candidates
 from autoq.candidates import Candidate, Packed
 from autoq.candidates.base import load_kernels, settle
-from autoq.errors import AutoqError, CheckpointError, ModelError
+from autoq.errors import AutoqError, ModelError
+from autoq.sections import HEADER, SCHEME, assemble
 from autoq_kernels import layout
-from autoq_kernels.cpu.memory import use_large_pages
-
-HEADER = "weight_header"
-SCHEME = "weight_scheme"
 
 
 class QuantLinear(nn.Module):
@@ -190,64 +186,6 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, scheme={self.scheme}"
         )
-
-
-def assemble(sections: Mapping[str, Tensor], *, where: str) -> tuple[Packed, Candidate]:
-    """A packed weight from its named sections, checked: the inverse of ``QuantLinear.sections``.
-
-    Args:
-        sections: header, scheme and sections by name, on one device.
-        where: the layer's name, for error messages.
-
-    Raises:
-        CheckpointError: if a section is missing, unknown or of another size than the header says.
-        CandidateError: if the scheme is unknown.
-    """
-    header, text = sections.get(HEADER), sections.get(SCHEME)
-    if header is None or text is None or text.dtype != torch.uint8 or text.dim() != 1:
-        raise CheckpointError(
-            f"a quantized weight has {HEADER} and {SCHEME}", where=where, got=", ".join(sorted(sections))
-        )
-    body = {name: one for name, one in sections.items() if name not in (HEADER, SCHEME)}
-    try:
-        candidate = candidates.parse(json.loads(bytes(text.tolist())))
-        data = torch.empty(_size(layout.header(header), body), dtype=torch.uint8, device=header.device)
-        use_large_pages(data)
-        data[: layout.HEADER_BYTES] = header
-        views = {f"weight_{name}": one for name, one in layout.sections(data).items()}
-    except (ValueError, KeyError, RuntimeError) as problem:  # LayoutError is a ValueError
-        raise CheckpointError("a weight's header and scheme fit", where=where, got=str(problem)) from problem
-    wanted, found = ({n: (tuple(one.shape), one.dtype) for n, one in side.items()} for side in (views, body))
-    if wanted != found:
-        raise CheckpointError("the sections are those the header names", where=where, got=found)
-    end = layout.HEADER_BYTES
-    for name, view in sorted(views.items(), key=lambda item: item[1].data_ptr()):
-        start = view.data_ptr() - data.data_ptr()
-        data[end:start] = 0  # the gaps are zero, as `layout.build` leaves them
-        view.copy_(body[name])
-        end = start + view.nbytes
-    data[end:] = 0
-    return Packed(data), candidate
-
-
-def _size(form: layout.Header, body: Mapping[str, Tensor]) -> int:
-    """The buffer's bytes, after checking the header's numbers: kernels trust them."""
-    starts = (
-        form.codes_offset,
-        form.scale_offset,
-        form.minimum_offset,
-        form.row_scale_offset,
-        form.column_scale_offset,
-    )
-    end = form.total_bytes - layout.TRAILING_BYTES
-    inside = all(start == 0 or layout.HEADER_BYTES <= start < end for start in starts)
-    groups = -(-form.k // form.group_size) if form.group_size > 0 else 0
-    longest = layout.HEADER_BYTES + layout.TRAILING_BYTES
-    longest += sum(one.nbytes + layout.ALIGNMENT for one in body.values())
-    if not inside or form.codes_offset == 0 or form.groups != groups or form.total_bytes > longest:
-        raise layout.LayoutError(f"the header contradicts itself or the sections: {form}")
-    total: int = form.total_bytes
-    return total
 
 
 def _converted(data: Tensor, dtype: torch.dtype) -> Tensor:

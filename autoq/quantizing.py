@@ -133,8 +133,8 @@ def autoquant(
 
 def _apply(model: nn.Module, plan: Plan, *, keep_float: bool, packed: Mapping[str, Any] | None = None) -> None:
     report = apply(model, plan, keep_float=keep_float, packed=packed)
-    if report.skipped or report.unmatched or report.missing:
-        _log.warning("plan and model differ: %s", report)
+    if report.differs:
+        _log.warning("not all of the plan holds here: %s", report)
 
 
 def _check_request(plan: Plan, asked: Mapping[str, Any], phases: Mapping[str, Phase] | None, where: str) -> None:
@@ -278,6 +278,8 @@ class Measured:
         phases: phase → timing of one pass, compiled.
         baseline_phases: the same of the unquantized model, interleaved with it.
         none_phases: the same with ``none`` on all of the plan's layers, where those run in autoq's kernels; else empty.
+        calls: phase → passes per request.
+        compiled: phase → how it was compiled.
         weight_bytes: bytes of all the model's weights under the plan.
         baseline_weight_bytes: the same of the unquantized model.
         phase_differences: phase → that phase's, where the plan has mixes that switch between phases; else empty.
@@ -292,6 +294,8 @@ class Measured:
     baseline_weight_bytes: int
     phase_differences: Mapping[str, Difference] = field(default_factory=dict)
     none_phases: Mapping[str, Timing] = field(default_factory=dict)
+    calls: Mapping[str, float] = field(default_factory=dict)
+    compiled: Mapping[str, str] = field(default_factory=dict)
 
 
 def measure(
@@ -319,12 +323,12 @@ def measure(
         InputError: as ``autoq.tune``.
         PlanError: if the plan names layers the model lacks.
     """
-    _check_layers(plan, [site.name for site in find_linears(model) if site.reason is None])
+    check_layers(plan, [site.name for site in find_linears(model) if site.reason is None])
     only = (lambda name, _: name in plan.layers) if plan.layers else None
     settings = Settings(loss_fn=loss_fn, eval_fn=eval_fn, seed=seed, filter_fn=only)
     tuning = Tuning(model, batches, phases, settings, None)
     tuning.prepare()
-    _check_layers(plan, tuning.layers)
+    check_layers(plan, tuning.layers)
     meter: LossMeter = tuning.meter
     differences = meter.by_phase(plan.layers)
     plans = {"plan": plan.layers} if plan.layers else {}
@@ -341,6 +345,8 @@ def measure(
         none_phases=times.get("none", {}),
         weight_bytes=tuning.costs.weight_bytes(plan.layers),
         baseline_weight_bytes=tuning.costs.weight_bytes({}),
+        calls={name: phase.calls for name, phase in tuning.phases.items()},
+        compiled=tuning.timer.how(),
     )
 
 
@@ -360,7 +366,7 @@ def loss_meter(model: nn.Module, plan: Plan | None, batches: Any, *, loss_fn: Lo
     root = unwrap(model)
     layers = [site.name for site in find_linears(root) if site.reason is None]
     if plan is not None:
-        _check_layers(plan, layers)
+        check_layers(plan, layers)
     given = as_batches(batches)
     if loss_fn is None and is_causal_lm(root):
         given = rows_as_batches(tokens_of(given))
@@ -368,11 +374,16 @@ def loss_meter(model: nn.Module, plan: Plan | None, batches: Any, *, loss_fn: Lo
     return LossMeter(Shadow(root, PackedStore(root, layers)), metric, given)
 
 
-def _check_layers(plan: Plan, layers: Sequence[str]) -> None:
+def check_layers(plan: Plan, layers: Sequence[str]) -> None:
+    """Refuse a plan for other layers than these.
+
+    Raises:
+        PlanError: naming them.
+    """
     unknown = sorted(set(plan.layers) - set(layers))
     if unknown:
         raise PlanError(
             "the plan names quantizable layers of the model",
             got=", ".join(unknown[:5]),
-            fix="The plan is for another model.",
+            fix="The plan is for another model; plan.rebase(model) finds layers under another prefix.",
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from autoq import tables
 from autoq._files import write_atomic
 from autoq.errors import InputError
 from autoq.figures import front_figure, heatmap, relative_latency
+from autoq.plan_text import text_of
 from autoq.summary import UNKNOWN, SummaryRow, family, interval, perplexity_change, summary_rows
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def _cells(tag: str, values: Iterable[str]) -> str:
 
 
 def _preformatted(value: object) -> str:
-    return f"<pre>{html.escape(json.dumps(value, indent=1, ensure_ascii=False, default=str))}</pre>"
+    return f"<pre>{html.escape(text_of(value))}</pre>"
 
 
 def _image(figure: Figure, description: str) -> str:

@@ -39,6 +39,7 @@ class Settings:
     max_latency_us: float | None = None
     max_weight_bytes: int | None = None
     cache_dir: Path | None = None
+    profile_from: str | None = None
     filter_fn: FilterFn | None = None
     n_trials: int = TRIALS
     storage: str | None = None

@@ -6,10 +6,32 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from autoq.errors import CandidateError
 
 Value = int | float | str | bool
+
+GROUP_SIZES = (32, 64, 128)
+BITS = (3, 4, 5, 6, 8)
+FORMATS = ("e3m2", "e2m3")
+METHODS = ("hqq", "sinq")
+M_SWITCHES = (8, 16, 32, 64, 128)
+
+FIELDS: Mapping[str, Mapping[str, tuple[Value, ...]]] = MappingProxyType(
+    {
+        "none": {},
+        "int8wo": {},
+        "int8dq": {},
+        "int4wo-hqq": {"group_size": GROUP_SIZES},
+        "sinq": {"bits": BITS, "group_size": GROUP_SIZES},
+        "fp6": {"format": FORMATS},
+        "int4dq": {"group_size": GROUP_SIZES, "method": METHODS},
+        "int8mix": {"m_switch": M_SWITCHES},
+        "int4mix": {"group_size": GROUP_SIZES, "method": METHODS, "m_switch": M_SWITCHES},
+    }
+)
+"""Scheme → field → its values. Plan files are checked by it without importing torch; a field may be left out."""
 
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
 _FIELD = re.compile(r"[a-z][a-z0-9_]*")

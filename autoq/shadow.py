@@ -64,6 +64,13 @@ class PackedStore:
             self._kept.move_to_end(key)
         return found
 
+    @property
+    def none_is_stock(self) -> bool:
+        """Whether ``none`` on every layer is the unquantized model itself."""
+        none = candidates.parse(NONE)
+        weights = map(self.weight, self.modules)
+        return all(none.leaves_alone(one.dtype, one.device.type) for one in weights)
+
     def taken(self, assignment: Mapping[str, Scheme]) -> dict[str, Packed]:
         """The packed weights of an assignment that are already there."""
         wanted = {layer: (layer, scheme) for layer, scheme in assignment.items()}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoq import leases
 from autoq.errors import SearchError
+from autoq.journal import open_journal
 from autoq.knapsack import Metric
 from autoq.search_values import Evaluation
 
@@ -75,54 +76,7 @@ def open_storage(storage: str | Path, patience: int = leases.PATIENCE) -> optuna
     """
     if isinstance(storage, str) and "://" in storage:
         return _open_database(storage, patience)
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    path = Path(str(storage).removeprefix("journal:"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _mending_lock(path)
-        backend = JournalFileBackend(str(path), lock_obj=lock)
-        lock.acquire()
-        lock.release()
-        return JournalStorage(backend)
-    except (OSError, ValueError) as problem:
-        raise SearchError(
-            "the study's file must be a writable Optuna journal",
-            where=str(path),
-            got=f"{type(problem).__name__}: {problem}",
-            fix="Choose another path, or remove the file to start over.",
-        ) from problem
-
-
-def _mending_lock(path: Path) -> optuna.storages.journal.JournalFileSymlinkLock:
-    """A journal's lock that drops the last line if a killed process left it unfinished.
-
-    The next line would be appended to it, and Optuna would refuse the whole file.
-    """
-    from optuna.storages.journal import JournalFileSymlinkLock
-
-    class Lock(JournalFileSymlinkLock):
-        def acquire(self) -> bool:
-            super().acquire()
-            try:
-                _mend(path)
-            except BaseException:
-                self.release()
-                raise
-            return True
-
-    return Lock(str(path))
-
-
-def _mend(path: Path) -> None:
-    with path.open("r+b") as stream:
-        if stream.seek(0, 2) == 0:
-            return
-        stream.seek(-1, 2)
-        if stream.read() != b"\n":
-            stream.seek(0)
-            stream.truncate(stream.read().rfind(b"\n") + 1)
+    return open_journal(Path(str(storage).removeprefix("journal:")))
 
 
 def _open_database(url: str, patience: int) -> optuna.storages.BaseStorage:

@@ -85,12 +85,12 @@ def summary_rows(plan: Plan) -> list[SummaryRow]:
 def loss_row(measured: Mapping[str, Any], budget: Mapping[str, Any]) -> SummaryRow:
     """The row of a plan's loss, from ``provenance["measured"]`` and ``provenance["budget"]``."""
     metric = budget.get("metric", "loss")
-    base, delta = measured.get("baseline_loss"), measured.get("loss_delta")
+    base, delta = measured.get("baseline_loss"), _loss(measured, "loss_delta", None)
     name = "perplexity" if metric == "nll" else f"{metric} ({budget['unit']})" if budget.get("unit") else str(metric)
     if base is None or delta is None:
         known = UNKNOWN if base is None else _perplexity(base) if metric == "nll" else f"{base:.4g}"
         return SummaryRow(name, known, UNKNOWN, "")
-    low, high = measured.get("loss_low", delta), measured.get("loss_high", delta)
+    low, high = (_loss(measured, name, delta) for name in ("loss_low", "loss_high"))
     if metric == "nll":
         after = f"{_perplexity(base + delta)} [{_perplexity(base + low)}, {_perplexity(base + high)}]"
         change = f"{perplexity_change(delta)} [{perplexity_change(low)}, {perplexity_change(high)}]"
@@ -102,14 +102,20 @@ def loss_row(measured: Mapping[str, Any], budget: Mapping[str, Any]) -> SummaryR
 def phase_loss_rows(measured: Mapping[str, Any], budget: Mapping[str, Any]) -> list[SummaryRow]:
     """A row with the loss of each phase's arithmetic, where a plan has schemes that switch with the rows; else none."""
     changes = {
-        name: perplexity_change(phase["loss_delta"]) if budget.get("metric") == "nll" else f"{phase['loss_delta']:+.3g}"
+        name: perplexity_change(delta) if budget.get("metric") == "nll" else f"{delta:+.3g}"
         for name, phase in (measured.get("phases") or {}).items()
-        if "loss_delta" in phase
+        if (delta := _loss(phase, "loss_delta", None)) is not None
     }
     if not changes:
         return []
     text = ", ".join(f"{name} {change}" for name, change in changes.items())
     return [SummaryRow("loss by phase; the largest counts", "", "", text)]
+
+
+def _loss(measured: Mapping[str, Any], name: str, missing: float | None) -> Any:
+    """A figure of loss; infinite where a plan has null, which stands for what is no finite number."""
+    found = measured.get(name, missing)
+    return math.inf if found is None and name in measured else found
 
 
 def perplexity_change(increase: float) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from autoq._files import write_atomic
+from autoq import _parquet
+from autoq._files import read_bytes_bounded, shown, write_atomic
 from autoq.errors import AutoqError, CacheError
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_FIX = "If it lies in the cache, `autoq cache prune` removes it, and it is measured again."
 _TEXT = pa.string()
 _INT = pa.int64()
 _REAL = pa.float64()
@@ -40,8 +42,15 @@ MEASUREMENTS = pa.schema(
         ("error", _REAL),  # relative RMS of the output against the scheme's own reference
         ("weight_bytes", _INT),
         ("repeats", _INT),
+        ("device", _TEXT),  # hash of the device's parts, which lie beside the table in clear
+        # What else the time depends on; 0 and "" where it does not.
         ("threads", _INT),
-        ("device", _TEXT),  # fingerprint; its parts lie beside the table in clear
+        ("torch", _TEXT),
+        ("triton", _TEXT),
+        ("runtime", _TEXT),  # of a GPU: CUDA or HIP, and the driver
+        ("kernels", _TEXT),  # hash of the kernels' sources
+        ("compile", _TEXT),  # single layers are timed `eager`
+        ("origin", _TEXT),  # empty: measured here; else the foreign device whose ratio predicts this row
     ]
 )
 
@@ -104,35 +113,83 @@ def table(schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
         raise CacheError("a row's values have the columns' types", got=str(problem)) from problem
 
 
-def write(path: str | Path, content: pa.Table, error: type[AutoqError] = CacheError) -> None:
-    """Write a table as Parquet, atomically."""
-    write_atomic(Path(path), lambda temporary: pq.write_table(content, temporary), error)
+def write(
+    path: str | Path, content: pa.Table, error: type[AutoqError] = CacheError, *, note: Mapping[str, Any] | None = None
+) -> None:
+    """Write a table as Parquet, atomically.
+
+    Args:
+        path: the file.
+        content: the table.
+        error: the class raised when it cannot be written.
+        note: JSON to be kept in the file's metadata.
+
+    Raises:
+        AutoqError: (as ``error``) if the folder cannot be written, or the table is larger than ``read`` accepts.
+    """
+    text = b"" if note is None else json.dumps(note, sort_keys=True).encode()
+    try:
+        write_atomic(Path(path), lambda temporary: _parquet.write(content, temporary, text), error)
+    except ValueError as problem:
+        raise error("a table is flat and of bounded size", where=str(path), got=str(problem)) from problem
 
 
 def read(path: str | Path, schema: pa.Schema) -> pa.Table:
     """Read a table and check its columns.
 
     Raises:
-        CacheError: if the file is missing, cut, not Parquet, or lacks a column.
+        CacheError: if the file is missing, cut, not Parquet as ``write`` writes it, or has other columns.
     """
+    return read_noted(path, schema)[0]
+
+
+def read_noted(path: str | Path, schema: pa.Schema) -> tuple[pa.Table, bytes]:
+    """Read a table and the JSON that was kept with it, not parsed; empty if there is none.
+
+    Raises:
+        CacheError: as ``read``.
+    """
+    data = read_bytes_bounded(path, CacheError, what="a table", limit_bytes=_parquet.MAX_FILE_BYTES, fix=_FIX)
     try:
-        content = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as problem:
+        content, note = _parquet.read(data, lambda found: _check_columns(found, schema, path))
+    except ValueError as problem:
         raise CacheError(
-            "the table must be readable Parquet",
-            where=str(path),
-            got=str(problem).splitlines()[0],
-            fix="Delete the file to measure again.",
+            "a table is Parquet in the form that autoq writes", where=str(path), got=str(problem)[:300], fix=_FIX
         ) from problem
-    missing = [name for name in schema.names if name not in content.column_names]
-    if missing:
-        raise CacheError(
-            "the table has all columns",
-            where=str(path),
-            got=f"no {', '.join(missing)}",
-            fix="It was written by another version of autoq; delete it to measure again.",
-        )
-    return content.select(schema.names).cast(schema)
+    return content.select(schema.names), note
+
+
+def _check_columns(found: pa.Schema, schema: pa.Schema, path: str | Path) -> None:
+    known = [one for one in found if one.name in schema.names]
+    faults = [
+        *(f"no {name}" for name in schema.names if name not in found.names),
+        *(f"unknown {shown(name)}" for name in found.names if name not in schema.names),
+        *(f"{one.name} of {one.type}" for one in known if one.type != schema.field(one.name).type),
+    ]
+    if faults or len(set(found.names)) < len(found):
+        got = ", ".join(faults[:5]) or "one twice"
+        fix = "It is of another kind, or of another version of autoq. " + _FIX
+        raise CacheError("the table has exactly its columns", where=str(path), got=got, fix=fix)
+
+
+def rows(content: pa.Table) -> list[dict[str, Any]]:
+    """A table's rows as ``to_pylist`` gives them, in half the time."""
+    names, columns = content.column_names, [values(column) for column in content.columns]
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def values(column: pa.ChunkedArray) -> list[Any]:
+    """A column as Python values; None for null."""
+    found: list[Any]
+    if column.null_count == 0 and pa.types.is_string(column.type):
+        coded = column.combine_chunks().dictionary_encode()
+        texts = coded.dictionary.to_pylist()
+        found = [texts[i] for i in coded.indices.to_numpy().tolist()]
+    elif column.null_count == 0 and not pa.types.is_boolean(column.type):
+        found = column.to_numpy().tolist()
+    else:
+        found = column.to_pylist()
+    return found
 
 
 def frame(content: pa.Table | Sequence[Mapping[str, Any]], schema: pa.Schema) -> pd.DataFrame:

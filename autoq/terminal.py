@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from autoq.diagnosis import Fact
     from autoq.plan import Plan
+    from autoq.plan_diff import PlanDiff
 
 _EVERY_S = 20.0  # between two lines of progress where stderr is no terminal
 
@@ -79,7 +80,7 @@ class Progress:
 
 def summary(plan: Plan, *, title: str) -> Table:
     """The table of a plan."""
-    table = Table("", "unquantized", "autoq", "change", title=title, title_justify="left")
+    table = Table("", "unquantized", "autoq", "change", title=escape(title), title_justify="left")
     for row in summary_rows(plan):
         table.add_row(*map(escape, row))
     return table
@@ -87,7 +88,7 @@ def summary(plan: Plan, *, title: str) -> Table:
 
 def losses(found: Mapping[str, Any], *, title: str) -> Table:
     """Loss before and, when it was measured, after."""
-    table = Table("", "unquantized", "under the plan", "change", title=title, title_justify="left")
+    table = Table("", "unquantized", "under the plan", "change", title=escape(title), title_justify="left")
     for row in (loss_row(found, found), *phase_loss_rows(found, found)):
         table.add_row(*map(escape, row))
     return table
@@ -102,7 +103,10 @@ def origin(plan: Plan) -> Table:
         "autoq": known.get("autoq"),
         "device": (known.get("device") or {}).get("name"),
         "edited": "yes; the original plan's figures were dropped" if known.get("edited") else None,
-        "retargeted": "yes; the figures are predictions" if known.get("retargeted") else None,
+        "retargeted": "yes; what is not measured is predicted" if known.get("retargeted") else None,
+        "remeasured": _remeasured(known.get("remeasured") or {}),
+        "schema 1": "a file without a hash: nothing shows whether it was edited" if "schema_1" in known else None,
+        "comment": known.get("comment"),
     }
     table = Table("provenance", "")
     for name, value in facts.items():
@@ -113,12 +117,58 @@ def origin(plan: Plan) -> Table:
     return table
 
 
+def _remeasured(known: Mapping[str, Any]) -> str | None:
+    if not known:
+        return None
+    elsewhere = (known.get("loss_device") or {}).get("name")
+    return f"{known.get('created', 'yes')}{f'; the loss was measured on {elsewhere}' if elsewhere else ''}"
+
+
 def layers(plan: Plan) -> Table:
-    """Every layer with its family and scheme."""
+    """Every layer with its family and scheme, blocks in the order of their numbers."""
     table = Table("layer", "family", "scheme")
-    for layer, scheme in plan.layers.items():
-        table.add_row(layer, family(layer), str(scheme))
+    for layer in sorted(plan.layers, key=_order):
+        table.add_row(escape(layer), family(layer), str(plan.layers[layer]))
     return table
+
+
+def _order(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def differences(found: PlanDiff, *, names: tuple[str, str], layers: bool) -> list[Table]:
+    """The tables of two plans' differences: schemes by family, layers and kernels where asked for, units, all else.
+
+    Args:
+        found: the differences.
+        names: of the two plans, as headings.
+        layers: adds a table with every layer that differs, and names every kernel that does.
+    """
+    moved = Table("layers", *map(escape, names))
+    for part, counts in found.by_family.items():
+        for (before, after), count in counts.most_common():
+            moved.add_row(f"{part}: {count} layer{'s' if count > 1 else ''}", before, after)
+    each = Table("layer", *map(escape, names))
+    pairs = {name: (str(a), str(b)) for name, (a, b) in found.changed.items()}
+    pairs |= {name: (str(a), "") for name, a in found.only_a.items()}
+    pairs |= {name: ("", str(b)) for name, b in found.only_b.items()}
+    for name in sorted(pairs, key=_order):
+        each.add_row(escape(name), *pairs[name])
+    other = Table("", *map(escape, names))
+    for name, (first, second) in found.units.items():
+        other.add_row(escape(f"unit {name}"), *(", ".join(map(escape, one)) for one in (first, second)))
+    kernels = [name for name in found.facts if name.startswith("kernels.")]
+    for name, pair in found.facts.items():
+        if layers or name not in kernels:
+            other.add_row(escape(name), *("" if one is None else escape(_short(one)) for one in pair))
+    if kernels and not layers:
+        other.add_row("kernels", f"{len(kernels)} differ; --layers lists them", "")
+    tables = [moved, each, other] if layers else [moved, other]
+    return [table for table in tables if table.row_count]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def diagnosis(facts: Sequence[Fact]) -> Table:

@@ -9,6 +9,7 @@ from typing import Any
 
 from autoq.evaluation import Additive, LossBudget
 from autoq.plan import Plan
+from autoq.plan_text import finite
 from autoq.profiler import LatencyModel, Timing
 from autoq.profiler.end_to_end import UNQUANTIZED
 from autoq.scheme import NONE, Scheme
@@ -140,7 +141,9 @@ def finished_plan(
     }
     phases = {phase.name: phase.calls for phase in evidence.workload.phases}
     units = {} if stock else tied(evidence.search.refitted)
-    return Plan(layers=layers, units=units, phases=phases, kernels=kernels, provenance={**provenance, **figures})
+    return Plan(
+        layers=layers, units=units, phases=phases, kernels=kernels, provenance=finite({**provenance, **figures})
+    )
 
 
 def _predicted_times(evidence: Evidence, layers: Mapping[str, Scheme]) -> dict[str, Any]:

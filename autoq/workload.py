@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from autoq._files import write_atomic
+from autoq._files import read_json, shown, write_atomic
 from autoq.errors import InputError
 
 SCHEMA = 1
 _T = TypeVar("_T")
+_LIMIT_BYTES = 1 << 26  # a hundred layers in three phases take 60 KB
+_FIX = "Record it again with this version of autoq."
+# A field's annotation → the types of its JSON value, and their name.
+_JSON: dict[object, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "a string"),
+    "str | None": ((str, type(None)), "a string or null"),
+    "int": ((int,), "an integer"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "tuple[str, ...]": ((list,), "a list of strings"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +104,7 @@ class PhaseInfo:
     synthesised: bool = False
 
     def __post_init__(self) -> None:
-        if not self.name or not self.calls > 0:
+        if not self.name or not 0 < self.calls < math.inf:
             raise InputError(
                 "a phase has a name and a positive number of calls",
                 got=f"name={self.name!r}, calls={self.calls}",
@@ -190,30 +201,27 @@ class Workload:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], *, where: str = "workload") -> Workload:
-        """Read ``to_json``'s object.
+    def from_json(cls, value: Any, *, where: str = "workload") -> Workload:
+        """Read ``to_json``'s object, strictly.
 
         Raises:
-            InputError: if the schema is newer or a field is missing or unknown.
+            InputError: with the JSON path of a field that is missing, unknown or of the wrong type.
         """
-        if value.get("schema") != SCHEMA:
-            raise InputError(
-                f"a workload has schema {SCHEMA}",
-                where=where,
-                got=value.get("schema"),
-                fix="Record it again with this version of autoq.",
-            )
+        if not isinstance(value, dict):
+            raise InputError("a workload is a JSON object", where=where, got=type(value).__name__, fix=_FIX)
+        if type(value.get("schema")) is not int or value["schema"] != SCHEMA:
+            raise InputError(f"$.schema is {SCHEMA}", where=where, got=shown(value.get("schema")), fix=_FIX)
+        sections = {"layers": LayerInfo, "calls": LinearCall, "phases": PhaseInfo}
+        unknown = sorted(set(value) - {"schema", "siblings", *sections})
+        if unknown:
+            raise InputError("$ has exactly the fields autoq writes", where=where, got=shown(unknown[0]), fix=_FIX)
+        read = {name: _rows(kind, value.get(name), f"$.{name}", where) for name, kind in sections.items()}
+        siblings = _list(value.get("siblings", []), "$.siblings", where)
+        groups = [_names(group, f"$.siblings[{i}]", where) for i, group in enumerate(siblings)]
         try:
-            return cls(
-                layers=_read(LayerInfo, value["layers"]),
-                calls=_read(LinearCall, value["calls"]),
-                phases=_read(PhaseInfo, value["phases"]),
-                siblings=tuple(map(tuple, value.get("siblings", ()))),
-            )
-        except (KeyError, TypeError) as problem:
-            raise InputError(
-                "a workload has exactly the fields autoq writes", where=where, got=str(problem)
-            ) from problem
+            return cls(layers=read["layers"], calls=read["calls"], phases=read["phases"], siblings=tuple(groups))
+        except InputError as problem:
+            raise InputError(problem.rule, where=where, got=problem.got, fix=_FIX) from problem
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file, atomically."""
@@ -227,14 +235,43 @@ class Workload:
         Raises:
             InputError: if the file is missing, cut or not a workload.
         """
-        try:
-            value = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as problem:
-            raise InputError("a workload file holds JSON", where=str(path), got=str(problem)) from problem
-        if not isinstance(value, dict):
-            raise InputError("a workload file holds a JSON object", where=str(path))
+        value = read_json(path, InputError, what="a workload file", limit_bytes=_LIMIT_BYTES, fix=_FIX)
         return cls.from_json(value, where=str(path))
 
 
-def _read(kind: type[_T], rows: Iterable[Mapping[str, Any]]) -> tuple[_T, ...]:
-    return tuple(kind(**row) for row in rows)
+def _rows(kind: type[Any], rows: Any, path: str, where: str) -> tuple[Any, ...]:
+    """A list of JSON objects as dataclasses."""
+    return tuple(_row(kind, row, f"{path}[{i}]", where) for i, row in enumerate(_list(rows, path, where)))
+
+
+def _row(kind: type[_T], row: Any, path: str, where: str) -> _T:
+    known = {one.name: one for one in fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(row, dict) or set(row) - set(known):
+        got = shown(sorted(set(row) - set(known))[0]) if isinstance(row, dict) else type(row).__name__
+        raise InputError(f"{path} is an object of {', '.join(known)}", where=where, got=got, fix=_FIX)
+    for name, one in known.items():
+        types, text = _JSON[one.type]
+        if name not in row and (one.default is not MISSING or one.default_factory is not MISSING):
+            continue
+        if name not in row or type(row[name]) not in types:
+            got = shown(row[name]) if name in row else "nothing"
+            raise InputError(f"{path}.{name} is {text}", where=where, got=got, fix=_FIX)
+        if types == (list,):
+            _names(row[name], f"{path}.{name}", where)
+    try:
+        return kind(**row)
+    except InputError as problem:
+        raise InputError(f"{path}: {problem.rule}", where=where, got=problem.got, fix=_FIX) from problem
+
+
+def _list(value: Any, path: str, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise InputError(f"{path} is a list", where=where, got=type(value).__name__, fix=_FIX)
+    return value
+
+
+def _names(value: Any, path: str, where: str) -> tuple[str, ...]:
+    names = _list(value, path, where)
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path} is a list of strings", where=where, got=shown(names), fix=_FIX)
+    return tuple(names)

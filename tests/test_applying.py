@@ -45,7 +45,7 @@ TOKENS = torch.arange(12).view(2, 6)
 PLAN = Plan(
     layers={"up": "int8wo", "down": "int4wo-hqq(group_size=64)", "head": "int8wo"},
     phases={"prefill": 1.0},
-    provenance={"seed": 7, "measured": {"loss": 1.0}},
+    provenance={"seed": 7, "measured": {"loss_delta": 1.0}},
 )
 
 
@@ -124,6 +124,51 @@ def test_wrappers_prefixes_are_understood_on_both_sides(prefix):
     assert isinstance(wrapped._orig_mod.module.up, QuantLinear)
 
 
+class Adapted(nn.Module):
+    """A layer as PEFT replaces it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer, self.in_features, self.out_features = layer, layer.in_features, layer.out_features
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(layer.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, layer.out_features, bias=False)})
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def test_an_adapted_model_takes_its_base_models_plan_and_keeps_its_adapters():
+    base = Net().eval()
+    base.down = Adapted(base.down)
+    model = nn.ModuleDict({"base_model": nn.ModuleDict({"model": base})})
+    with torch.no_grad():
+        before = base(TOKENS)
+        report = apply(model, PLAN)
+        assert report.applied == {"up": INT8, "down": HQQ, "head": INT8}
+        assert report.missing == ("down.lora_A.default", "down.lora_B.default")
+        assert isinstance(base.down.base_layer, QuantLinear)
+        assert 0 < difference(base(TOKENS), before) < 0.1
+    base.train()
+    base(TOKENS).sum().backward()
+    assert base.down.lora_B["default"].weight.grad.abs().sum() > 0
+
+
+def test_two_layers_of_one_name_but_for_a_wrappers_prefix_are_refused():
+    model = nn.ModuleDict({"fc": nn.Linear(64, 64), "module": nn.ModuleDict({"fc": nn.Linear(64, 64)})})
+    with pytest.raises(ModelError, match=r"fc: a layer's name is its own also without the prefixes of wrappers"):
+        apply(model, Plan(layers={"fc": "int8wo"}))
+
+
+def test_layers_under_an_alias_of_the_plan_keep_no_shapes_of_other_names():
+    layers = {"again": {"n": 96, "k": 64}, "down": {"n": 64, "k": 96}}
+    plan = Plan(layers={"again": "int8wo", "down": "int8wo"}, provenance={"model": {"class": "Net", "layers": layers}})
+    model = Net()
+    assert apply(model, plan).applied == {"up": INT8, "down": INT8}
+    assert plan_of(model).provenance == {"model": {"class": "Net"}, "edited": True}
+    model.down = nn.Linear(96, 64)
+    assert plan_of(model).layers == {"up": INT8, "down": Scheme(name="none")}
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_an_error_that_names_the_layer(bad):
     model = Net()
@@ -174,7 +219,7 @@ def difference(y, wanted):
     return relative_rms(y.detach(), wanted.detach().double())
 
 
-MIXED = Plan(layers={"up": "none", "down": "int8wo", "head": "none"}, provenance={"measured": {"loss": 1.0}})
+MIXED = Plan(layers={"up": "none", "down": "int8wo", "head": "none"}, provenance={"measured": {"loss_delta": 1.0}})
 HALVES = pytest.mark.parametrize("dtype", TOLERANCE)
 
 
@@ -201,7 +246,7 @@ def test_a_none_layer_runs_in_autoqs_kernel_with_the_same_weight(dtype, m):
 def test_a_plan_of_none_alone_is_applied_carried_and_restored_bit_by_bit(dtype):
     model = Net().to(dtype).eval()
     before, output = snapshot(model), model(TOKENS)
-    plan = Plan(layers=dict.fromkeys(PLAN.layers, "none"), provenance={"measured": {"loss": 0.0}})
+    plan = Plan(layers=dict.fromkeys(PLAN.layers, "none"), provenance={"measured": {"loss_delta": 0.0}})
     report = apply(model, plan, keep_float=True, strict=True)
     assert (report.applied, report.unquantized) == ({}, ("up", "down", "head"))
     assert difference(model(TOKENS), output) < 3 * TOLERANCE[dtype]

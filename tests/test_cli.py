@@ -18,7 +18,7 @@ from autoq.plan import Plan
 from autoq.profiler import Timing
 from autoq.workload import Workload
 
-VERBS = ("tune", "worker", "apply", "eval", "show", "bench", "doctor")
+VERBS = ("tune", "worker", "apply", "eval", "show", "diff", "bench", "cache", "doctor")
 TOY = """
 import torch
 from torch import nn
@@ -246,7 +246,7 @@ def test_bench_prints_fresh_figures(folder, monkeypatch, capsys):
         weight_bytes=5000,
         baseline_weight_bytes=20000,
     )
-    monkeypatch.setattr(quantizing, "measure", lambda *_: measured)
+    monkeypatch.setattr(quantizing, "measure", lambda *_, **__: measured)
     assert cli.run(["bench", "autoq_toy:make", "plan.json"]) == 0
     text = capsys.readouterr().out
     assert "3.00 × as fast" in text

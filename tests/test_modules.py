@@ -19,7 +19,7 @@ from autoq.modules import (
     replace_module,
     unwrap,
 )
-from autoq.quant_linear import assemble
+from autoq.sections import assemble
 from autoq_kernels import layout
 
 SCHEMES = (
@@ -281,12 +281,10 @@ def test_loading_reports_missing_unexpected_and_wrong_sections():
 
 @pytest.mark.parametrize("field", range(16))
 @pytest.mark.parametrize("value", [-1, 3, 2**62])
-def test_a_forged_header_is_refused_or_harmless(field, value):
+def test_a_forged_header_is_refused(field, value):
     layer = quantize(nn.Linear(64, 32), "sinq(bits=4,group_size=32)")
     sections = {name: one.clone() for name, one in layer.sections().items()}
     sections["weight_header"].view(torch.int64)[field] = value
-    if field in (13, 14):  # activation bits and the reserved field move no memory access
-        return
     with pytest.raises(CheckpointError):
         assemble(sections, where="fc")
 

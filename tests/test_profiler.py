@@ -24,6 +24,7 @@ from autoq_kernels.tolerance import TOLERANCE
 
 NONE, INT8 = candidates.parse("none"), candidates.parse("int8wo")
 SCHEMES = [NONE.scheme, INT8.scheme]
+HERE = Fingerprint.current()
 
 
 def workload(phases=("prefill", "decode")):
@@ -71,7 +72,7 @@ def short_windows(monkeypatch):
 
 def test_a_profile_has_one_row_per_shape_and_scheme_and_measures_nothing_twice():
     kept = []
-    rows = profile(workload(), [NONE, INT8], device_key="here", keep=kept.append)
+    rows = profile(workload(), [NONE, INT8], fingerprint=HERE, keep=kept.append)
     assert len(rows) == 4
     assert {row["status"] for row in rows} == {"ok"}
     int8 = next(row for row in rows if row["scheme"] == "int8wo" and row["m"] == 1)
@@ -82,10 +83,10 @@ def test_a_profile_has_one_row_per_shape_and_scheme_and_measures_nothing_twice()
     assert "int8" in int8["kernel"]
     assert len(kept) == 2  # one call per finished shape
     kept.clear()
-    again = profile(workload(), [NONE, INT8], device_key="here", known=rows, keep=kept.append)
+    again = profile(workload(), [NONE, INT8], fingerprint=HERE, known=rows, keep=kept.append)
     assert kept == []
     assert again == rows
-    profile(workload(), [NONE, INT8], device_key="elsewhere", known=rows, keep=kept.append)
+    profile(workload(), [NONE, INT8], fingerprint=replace(HERE, torch="another"), known=rows, keep=kept.append)
     assert len(kept) == 2
 
 
@@ -96,7 +97,7 @@ def test_none_is_measured_in_the_kernel_it_runs_beside_the_stock_layer(dtype):
         "layers": tuple(replace(layer, dtype=dtype) for layer in recorded.layers),
         "calls": tuple(replace(call, dtype=dtype) for call in recorded.calls),
     }
-    rows = profile(replace(recorded, **typed), [NONE, INT8], device_key="here")
+    rows = profile(replace(recorded, **typed), [NONE, INT8], fingerprint=HERE)
     found = [row for row in rows if row["scheme"] == "none"]
     assert len(found) == 2
     for row in found:
@@ -113,14 +114,14 @@ def test_none_is_measured_in_the_kernel_it_runs_beside_the_stock_layer(dtype):
 
 def test_none_is_the_stock_layer_without_a_compiler(monkeypatch):
     monkeypatch.setattr("autoq.candidates.none.load_cpu_kernels", lambda: False)
-    rows = profile(workload(("decode",)), [NONE], device_key="here")
+    rows = profile(workload(("decode",)), [NONE], fingerprint=HERE)
     assert [(row["kernel"], row["ratio"]) for row in rows] == [("stock", 1.0)]
 
 
 def test_a_mix_is_measured_on_the_recorded_rows_by_the_kernel_of_its_side():
     """Row counts are never rounded: 16 rows are below a switch at 32 and not below one at 16."""
     names = ("int8wo", "int8dq", "int8mix(m_switch=16)", "int8mix(m_switch=32)")
-    rows = profile(workload(("prefill",)), [candidates.parse(name) for name in names], device_key="here")
+    rows = profile(workload(("prefill",)), [candidates.parse(name) for name in names], fingerprint=HERE)
     found = {row["scheme"]: (row["m"], row["status"], row["error"], row["kernel"]) for row in rows}
     assert found["int8mix(m_switch=16)"] == found["int8dq"]
     assert found["int8mix(m_switch=32)"] == found["int8wo"]
@@ -158,7 +159,7 @@ class Unable(type(INT8)):
     ],
 )
 def test_a_failure_is_a_row_with_its_reason_and_no_time(candidate: Candidate, status, reason):
-    rows = profile(workload(("decode",)), [NONE, candidate], device_key="here")
+    rows = profile(workload(("decode",)), [NONE, candidate], fingerprint=HERE)
     row = next(row for row in rows if row["scheme"] == candidate.key)
     assert row["status"] == status
     assert reason in row["reason"]
@@ -311,7 +312,7 @@ def kernels(monkeypatch):
 
 
 def test_on_a_gpu_every_product_is_tuned_then_timed_and_the_row_names_what_ran(kernels):
-    rows = profile(workload(), [INT8], device_key="gpu", device="cuda")
+    rows = profile(workload(), [INT8], fingerprint=HERE, device="cuda")
     one_shape = lambda m: [f"tune {m}", "time sum copy", "time stock int8wo"]  # noqa: E731
     assert kernels.calls == [*one_shape(1), *one_shape(16)]
     for row in rows:
@@ -324,7 +325,7 @@ def test_on_a_gpu_every_product_is_tuned_then_timed_and_the_row_names_what_ran(k
 
 def test_on_a_gpu_a_product_that_cannot_be_tuned_is_a_row_with_the_reason(kernels):
     kernels.broken = (16,)
-    rows = profile(workload(), [INT8], device_key="gpu", device="cuda")
+    rows = profile(workload(), [INT8], fingerprint=HERE, device="cuda")
     found = {row["m"]: (row["status"], row["reason"]) for row in rows}
     assert found == {1: ("ok", ""), 16: ("error", "RuntimeError: no choice works")}
 
@@ -332,7 +333,7 @@ def test_on_a_gpu_a_product_that_cannot_be_tuned_is_a_row_with_the_reason(kernel
 def test_on_a_gpu_without_triton_the_plain_operators_are_timed_under_their_name(monkeypatch):
     monkeypatch.setattr(gpu_module, "load_cuda_kernels", lambda: False)
     monkeypatch.setattr(isolated_module, "_device", lambda name: Gpu(torch.device("cpu"), time=FakeKernels().time))
-    rows = profile(workload(), [INT8], device_key="gpu", device="cuda")
+    rows = profile(workload(), [INT8], fingerprint=HERE, device="cuda")
     assert [(row["status"], row["kernel"]) for row in rows] == 2 * [("ok", "default")]
 
 
@@ -349,7 +350,7 @@ def test_every_repeat_of_a_tall_weight_is_checked(monkeypatch, broken):
             y[:, 17] *= broken
             return y
 
-    good, bad = profile(workload(("decode",)), [INT8, WrongAtTheEnd()], device_key="here")
+    good, bad = profile(workload(("decode",)), [INT8, WrongAtTheEnd()], fingerprint=HERE)
     assert (good["status"], bad["status"]) == ("ok", "wrong")
 
 
@@ -395,7 +396,8 @@ def test_a_gpu_is_known_by_name_architecture_versions_and_cache(monkeypatch):
     monkeypatch.setattr("autoq_kernels.triton.device.driver_version", lambda: next(drivers))
     first, same, later = (Fingerprint.current("cuda") for _ in range(3))
     assert (first.device, first.name, first.caches) == ("cuda", "NVIDIA H100 80GB HBM3 sm_90", "L2 51200K")
-    assert first.isa.endswith(", driver 580.65")
-    assert "triton" in first.isa
+    assert first.runtime.endswith(", driver 580.65")
+    assert (first.isa, "cores" in first.hardware(), first.conditions()["threads"]) == ("", False, 0)
     assert first.key == same.key != later.key
+    assert first.device_key == later.device_key
     assert first.key != Fingerprint.current("cpu").key

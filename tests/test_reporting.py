@@ -233,7 +233,7 @@ def test_a_plan_that_breaks_the_model_is_drawn_at_the_edge():
 
 
 def test_summary_of_a_broken_model_does_not_overflow():
-    measured = MEASURED | {"loss_delta": 900.0, "loss_low": 900.0, "loss_high": math.inf}
+    measured = MEASURED | {"loss_delta": 900.0, "loss_low": 900.0, "loss_high": None}  # null: no finite number
     row = summary_rows(replace(PLAN, provenance={"budget": BUDGET, "measured": measured}))[0]
     assert row.after == "over 1e6 [over 1e6, over 1e6]"
 
@@ -320,7 +320,7 @@ def test_write_files_writes_all_four(result, tmp_path):
     head = (tmp_path / "out" / "front.png").read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     assert min(struct.unpack(">II", head[16:24])) > 400
-    assert json.loads((tmp_path / "out" / "plan.json").read_text())["schema"] == 1
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["schema"] == 2
 
 
 def test_unwritable_report_names_the_file(result, tmp_path):

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 
-from autoq.candidates.affine import GROUP_SIZES
 from autoq.candidates.base import Candidate, LinearOp, Packed
-from autoq.candidates.dynamic import METHODS, Int4Dynamic, Int4Mix, Int8Mix
-from autoq.candidates.fp6 import FORMATS, Fp6
+from autoq.candidates.dynamic import Int4Dynamic, Int4Mix, Int8Mix
+from autoq.candidates.fp6 import Fp6
 from autoq.candidates.int4_hqq import Int4Hqq
 from autoq.candidates.int8 import Int8Dynamic, Int8WeightOnly
 from autoq.candidates.none import Unquantized
-from autoq.candidates.sinq import BITS, Sinq
+from autoq.candidates.sinq import Sinq
 from autoq.errors import CandidateError
-from autoq.scheme import Scheme, Value
+from autoq.scheme import BITS, FORMATS, GROUP_SIZES, METHODS, Scheme, Value
 
 __all__ = ["ALL", "DEFAULT", "Candidate", "LinearOp", "Packed", "parse"]
 

@@ -21,8 +21,6 @@ from autoq import numerics
 from autoq.candidates.base import Candidate, Packed, compiled, for_row_chunks, padded, plus_bias, section
 from autoq_kernels import layout
 
-GROUP_SIZES = (32, 64, 128)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AffineCandidate(Candidate):

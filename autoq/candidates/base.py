@@ -184,6 +184,15 @@ class Candidate(ABC):
     def _pack(self, w_NK: Tensor) -> Tensor:
         """The buffer of a checked weight."""
 
+    @property
+    @abstractmethod
+    def _header(self) -> dict[str, Any]:
+        """What the header of every packed weight says besides the shape."""
+
+    def fits(self, form: layout.Header) -> bool:
+        """Whether a buffer with this header can be a weight of this scheme."""
+        return all(getattr(form, name) == value for name, value in self._header.items())
+
     @abstractmethod
     def unpack(self, p: Packed) -> Tensor:
         """The float32 ``[N, K]`` weight that the kernels multiply with."""

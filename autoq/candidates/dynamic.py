@@ -11,14 +11,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from autoq.candidates.affine import GROUP_SIZES, AffineCandidate
+from autoq.candidates.affine import AffineCandidate
 from autoq.candidates.base import Candidate, Packed, check_field, plus_bias, rounded_rows, section
 from autoq.candidates.int4_hqq import Int4Hqq
 from autoq.candidates.int8 import Int8Dynamic, Int8WeightOnly
 from autoq.candidates.sinq import Sinq
-
-METHODS = ("hqq", "sinq")
-M_SWITCHES = (8, 16, 32, 64, 128)
+from autoq.scheme import GROUP_SIZES, M_SWITCHES, METHODS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,9 +20,8 @@ from autoq.candidates.base import (
     plus_bias,
     section,
 )
+from autoq.scheme import FORMATS
 from autoq_kernels import layout
-
-FORMATS = ("e3m2", "e2m3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +45,15 @@ class Fp6(Candidate):
         return numerics.E3M2 if self.format == "e3m2" else numerics.E2M3
 
     @property
+    def _header(self) -> dict[str, Any]:
+        return {"kind": self._kind, "bits": 6}
+
+    @property
     def _kind(self) -> layout.Kind:
         return layout.Kind.FP6_E3M2 if self.format == "e3m2" else layout.Kind.FP6_E2M3
 
     def _pack(self, w_NK: Tensor) -> Tensor:
-        data = compiled(w_NK, {"kind": self._kind, "bits": 6})
+        data = compiled(w_NK, self._header)
         return self._pack_by_chunks(w_NK) if data is None else data
 
     def _pack_by_chunks(self, w_NK: Tensor) -> Tensor:
@@ -63,7 +66,7 @@ class Fp6(Candidate):
             codes[rows, :k], scale_N[rows] = numerics.fp6_rows(w_RK, self._form)
 
         for_row_chunks(w_NK, pack_rows)
-        data: Tensor = layout.build(kind=self._kind, bits=6, n=n, k=k, codes=codes, scale=scale_N)
+        data: Tensor = layout.build(n=n, k=k, codes=codes, scale=scale_N, **self._header)
         return data
 
     def unpack(self, p: Packed) -> Tensor:

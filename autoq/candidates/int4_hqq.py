@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from autoq.candidates.affine import GROUP_SIZES, AffineCandidate
+from autoq.candidates.affine import AffineCandidate
 from autoq.candidates.base import check_field
+from autoq.scheme import GROUP_SIZES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ class Unquantized(Candidate):
 
     def _why_not_shape(self, op: LinearOp) -> str | None:
         return None
+
+    @property
+    def _header(self) -> dict[str, Any]:
+        return {"kind": layout.Kind.DENSE}
 
     def _pack(self, w_NK: Tensor) -> Tensor:
         n, k = w_NK.shape

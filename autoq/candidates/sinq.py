@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from autoq import numerics
-from autoq.candidates.affine import GROUP_SIZES, AffineCandidate
+from autoq.candidates.affine import AffineCandidate
 from autoq.candidates.base import check_field
+from autoq.scheme import BITS, GROUP_SIZES
 from autoq_kernels.cpu import build
 
-BITS = (3, 4, 5, 6, 8)
 ITERATIONS = 16  # the published default
 
 

@@ -45,6 +45,10 @@ class Gpu:
         """What runs that product."""
         return "default" if self._kernels is None else str(self._kernels.kernel_name(head, m, dtype))
 
+    def runs(self, kernel: str) -> bool:
+        """Whether this process has what was measured under a name; nothing, where a product was refused."""
+        return not kernel or (kernel == "default") == (self._kernels is None)
+
     def repeatable(self, weight: Tensor, function: Callable[[Tensor], object]) -> Callable[[], object]:
         """The function on the one weight: the L2 is flushed before each call, so copies are not needed."""
         return lambda: function(weight)

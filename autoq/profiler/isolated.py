@@ -1,4 +1,4 @@
-"""Times of single layers: every distinct (M, K, N, dtype) under every scheme, on the kernels a model would run."""
+"""Times of one shape under many schemes, on the kernels that a model would run, each checked before it is timed."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from autoq.cache import CONDITIONS, STOCK, Fingerprint, ShapeKey
 from autoq.cache.fingerprint import last_level_cache_bytes
 from autoq.candidates import Candidate, LinearOp, Packed
 from autoq.errors import AutoqError
 from autoq.numerics import relative_rms
 from autoq.profiler.gpu import Gpu
 from autoq.profiler.timing import Timing, interleaved
-from autoq.workload import Workload
 from autoq_kernels import layout
 from autoq_kernels.cpu.memory import use_large_pages
 from autoq_kernels.tolerance import limit
 
 _log = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
 
 _MAX_COPIES = 256
 _SECONDS_PER_SHAPE = 1.5
+_PREDICTED = ("ratio", *CONDITIONS)  # what a predicted row has of the one that predicts it
 _PACKED_ROWS = 2048  # of a taller weight only these are packed, and repeated: times do not depend on values
 
 
@@ -41,67 +41,17 @@ class Shape:
     dtype: str
     bias: bool
 
-
-def shapes_of(workload: Workload) -> list[Shape]:
-    """The distinct shapes that the quantizable layers see, smallest first."""
-    found = set()
-    for layer in workload.quantizable:
-        for call in workload.calls_of(layer.name):
-            if call.m > 0:
-                found.add(Shape(m=call.m, k=layer.k, n=layer.n, dtype=call.dtype, bias=layer.bias))
-    return sorted(found)
+    @property
+    def key(self) -> ShapeKey:
+        """The columns of the measurements."""
+        return self.m, self.k, self.n, self.dtype, self.bias
 
 
-def profile(
-    workload: Workload,
-    candidates: Sequence[Candidate],
-    *,
-    device_key: str,
-    device: str = "cpu",
-    known: Sequence[Mapping[str, Any]] = (),
-    keep: Callable[[Sequence[Mapping[str, Any]]], None] | None = None,
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Measure what is not known yet.
-
-    Args:
-        workload: its shapes are measured.
-        candidates: the schemes; the unquantized layer is always measured beside them.
-        device_key: written into the rows.
-        device: what to measure, ``"cpu"`` or ``"cuda"`` with or without an index; on a GPU every product is tuned
-            before it is timed.
-        known: rows of the measurements table from the cache.
-        keep: called with the rows of each finished shape, so that an interrupted run loses one shape at most.
-        progress: called with (text, done, total).
-
-    Returns:
-        One row of the measurements table per (shape, scheme) of this workload, old and new.
-    """
-    threads = torch.get_num_threads()
-    have = {_key(row): dict(row) for row in known}
-    shapes = shapes_of(workload)
+def would_run(row: Mapping[str, Any], candidate: Candidate, device: str = "cpu") -> bool:
+    """Whether what a known row names would run now: a compiler may have come or gone since."""
     where = _device(device)
-    rows: list[dict[str, Any]] = []
-    for done, shape in enumerate(shapes):
-        if progress is not None:
-            progress(f"M={shape.m} K={shape.k} N={shape.n}", done, len(shapes))
-        found = {str(one.scheme): have.get(_wanted(shape, one, threads, device_key)) for one in candidates}
-        missing = [one for one in candidates if found[str(one.scheme)] is None]
-        new = _measure(shape, missing, device_key, where) if missing else []
-        if new and keep is not None:
-            keep(new)
-        rows += [row for row in found.values() if row is not None] + new
-    if progress is not None:
-        progress("", len(shapes), len(shapes))
-    return rows
-
-
-def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("m", "k", "n", "dtype", "bias", "scheme", "threads", "device"))
-
-
-def _wanted(shape: Shape, candidate: Candidate, threads: int, device: str) -> tuple[Any, ...]:
-    return (shape.m, shape.k, shape.n, shape.dtype, shape.bias, str(candidate.scheme), threads, device)
+    stock = candidate.leaves_alone(getattr(torch, row["dtype"]), where.device.type)
+    return bool(stock == (row["kernel"] == STOCK) and (stock or where.runs(row["kernel"])))
 
 
 class _Device(Protocol):
@@ -114,6 +64,9 @@ class _Device(Protocol):
 
     def kernel_name(self, head: Tensor, m: int, dtype: torch.dtype) -> str:
         """What runs such a product."""
+
+    def runs(self, kernel: str) -> bool:
+        """Whether this process has what was measured under a name; nothing, where a product was refused."""
 
     def repeatable(self, weight: Tensor, function: Callable[[Tensor], object]) -> Callable[[], object]:
         """Calls the function on the weight, or copies of it, so that it is not found in a cache."""
@@ -136,6 +89,13 @@ class _Cpu:
 
         return str(build.kernel_name(head, m, dtype))
 
+    def runs(self, kernel: str) -> bool:
+        from autoq_kernels.cpu import build
+
+        isa = build.status().isa
+        family = kernel.partition(".")[0]
+        return family in ("", isa or "torch") or (family == "aten" and isa is not None)
+
     def repeatable(self, weight: Tensor, function: Callable[[Tensor], object]) -> Callable[[], object]:
         return _Rotating(weight, function)
 
@@ -151,8 +111,35 @@ def _device(name: str) -> _Device:
     return Gpu(found) if found.type == "cuda" else _Cpu()
 
 
-def _measure(shape: Shape, candidates: Sequence[Candidate], device_key: str, device: _Device) -> list[dict[str, Any]]:
-    """All candidates of one shape in one window, interleaved with the unquantized layer."""
+def measure_shape(
+    shape: Shape,
+    candidates: Sequence[Candidate],
+    *,
+    fingerprint: Fingerprint,
+    device: str = "cpu",
+    ratios: Mapping[tuple[ShapeKey, str], Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """All candidates of one shape in one window, interleaved with the unquantized layer; see ``profile``."""
+    window = _window(shape, _device(device))
+    found = []
+    for candidate in candidates:
+        row = _new_row(shape, candidate, fingerprint)
+        known = (ratios or {}).get((shape.key, row["scheme"])) if candidate.key != "none" else None
+        foreign = None if known is None else known["kernel"]
+        if candidate.leaves_alone(window.x.dtype, window.x.device.type):
+            row |= {"status": "ok", "kernel": STOCK, "error": 0.0, "weight_bytes": window.weight_bytes}
+        else:
+            _prepare(row, candidate, window, foreign)
+        row |= fingerprint.conditions(row["kernel"])
+        if known is not None and row["status"] == "ok" and _is_alike(row["kernel"], known["kernel"]):
+            row |= {name: known[name] for name in _PREDICTED} | {"origin": known["device"]}
+        found.append(row)
+    _time(found, window)
+    return found
+
+
+def _window(shape: Shape, device: _Device) -> _Window:
+    """The tensors of one shape, and the unquantized layer to time."""
     generator = torch.Generator().manual_seed(shape.n)
     dtype = getattr(torch, shape.dtype)
     place = {"device": device.device, "dtype": dtype}
@@ -162,17 +149,7 @@ def _measure(shape: Shape, candidates: Sequence[Candidate], device_key: str, dev
     bias = torch.randn(rows, generator=generator).to(**place).repeat(times) if shape.bias else None
     whole = weight.repeat(times, 1)
     runs = {"": device.repeatable(whole, lambda one: torch.nn.functional.linear(x, one, bias))}
-    window = _Window(device, weight, times, x, bias, runs)
-    found = []
-    for candidate in candidates:
-        row = _new_row(shape, candidate, device_key)
-        if candidate.leaves_alone(dtype, x.device.type):
-            row |= {"status": "ok", "kernel": "stock", "error": 0.0, "weight_bytes": whole.nbytes}
-        else:
-            _prepare(row, candidate, window)
-        found.append(row)
-    _time(found, window)
-    return found
+    return _Window(device, weight, times, x, bias, runs)
 
 
 def _split(n: int) -> tuple[int, int]:
@@ -183,19 +160,15 @@ def _split(n: int) -> tuple[int, int]:
     return n // times, times
 
 
-def _new_row(shape: Shape, candidate: Candidate, device_key: str) -> dict[str, Any]:
+def _new_row(shape: Shape, candidate: Candidate, fingerprint: Fingerprint) -> dict[str, Any]:
     return {
-        "m": shape.m,
-        "k": shape.k,
-        "n": shape.n,
-        "dtype": shape.dtype,
-        "bias": shape.bias,
+        **asdict(shape),
         "scheme": str(candidate.scheme),
         "kernel": "",
         "status": "error",
         "reason": "",
-        "threads": torch.get_num_threads(),
-        "device": device_key,
+        "device": fingerprint.device_key,
+        "origin": "",
     }
 
 
@@ -223,9 +196,28 @@ class _Window(NamedTuple):
     bias: Tensor | None  # of all rows
     runs: dict[str, Callable[[], object]]  # by scheme; the stock layer's is ""
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the unquantized weight."""
+        return self.weight.nbytes * self.times
 
-def _prepare(row: dict[str, Any], candidate: Candidate, window: _Window) -> None:
-    """Check one candidate on this shape; if it may be timed, add it to the runs. Fills the row's status."""
+
+def _is_alike(kernel: str, other: str) -> bool:
+    """Whether two kernels are of the same kind: PyTorch's own layer, plain PyTorch code, or compiled."""
+    kinds = {STOCK: 0, "torch": 1}
+    one, two = (kinds.get(name.partition(".")[0], 2) for name in (kernel, other))
+    return one == two
+
+
+def _prepare(row: dict[str, Any], candidate: Candidate, window: _Window, foreign: str | None) -> None:
+    """Check one candidate on this shape, and add it to the runs unless what ran elsewhere predicts it.
+
+    Args:
+        row: its status is filled in.
+        candidate: of the row.
+        window: of the shape.
+        foreign: kernel of the row that may predict it, if there is one.
+    """
     device, weight, times, x, bias, runs = window
     m, n, k = x.shape[0], weight.shape[0] * times, weight.shape[1]
     op = LinearOp(m=m, k=k, n=n, dtype=x.dtype, device=x.device.type, bias=bias is not None)
@@ -252,6 +244,8 @@ def _prepare(row: dict[str, Any], candidate: Candidate, window: _Window) -> None
         row |= {"status": "wrong", "reason": f"relative RMS {error:.2e} above {allowed:.0e}"}
         return
     row["status"] = "ok"
+    if foreign is not None and _is_alike(kernel, foreign):
+        return
     multiply = torch.ops.autoq.linear
     runs[row["scheme"]] = device.repeatable(whole.data, lambda one: multiply(x, one[: layout.HEADER_BYTES], bias, n))
 
@@ -271,7 +265,10 @@ def _time(rows: list[dict[str, Any]], window: _Window) -> None:
     timings = window.device.time(window.runs, _SECONDS_PER_SHAPE)
     baseline = timings[""]
     for row in rows:
-        timing = timings.get("" if row["kernel"] == "stock" else row["scheme"])
+        if row["origin"]:
+            row |= {"time_us": row["ratio"] * baseline.median_us, "baseline_us": baseline.median_us}
+            continue
+        timing = timings.get("" if row["kernel"] == STOCK else row["scheme"])
         if row["status"] != "ok" or timing is None:
             continue
         row |= {

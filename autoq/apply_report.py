@@ -1,0 +1,63 @@
+"""What applying a plan did, and what of the plan does not hold on this device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autoq.scheme import Scheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedLayer:
+    """A layer that the plan would quantize and that was left alone.
+
+    Attributes:
+        name: the layer.
+        scheme: what the plan asked for.
+        reason: why it was left alone.
+    """
+
+    name: str
+    scheme: Scheme
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyReport:
+    """What ``apply`` did.
+
+    Attributes:
+        applied: layer → scheme of every layer that is quantized now.
+        unquantized: layers planned as ``none`` whose weight, as it is, runs in autoq's kernels now.
+        skipped: layers the plan quantizes that were left alone, with the reason.
+        unmatched: layers the plan names and the model lacks.
+        missing: linear layers of the model the plan does not name; they stay as they are. None if it names no layer.
+        stale: what the plan says of times and does not hold here, in sentences: measured on another device, with other
+            threads, software or kernels.
+        slow: schemes of the plan that have no kernel here, in sentences: their layers dequantize at every call.
+    """
+
+    applied: Mapping[str, Scheme]
+    unquantized: tuple[str, ...]
+    skipped: tuple[SkippedLayer, ...]
+    unmatched: tuple[str, ...]
+    missing: tuple[str, ...]
+    stale: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.applied)} layers quantized"]
+        if self.unquantized:
+            lines.append(f"{len(self.unquantized)} layers unquantized in autoq's kernels")
+        lines += [f"slow: {text}" for text in self.slow]
+        lines += [f"stale: {text}" for text in self.stale]
+        lines += [f"left alone: {one.name} ({one.scheme}): {one.reason}" for one in self.skipped]
+        lines += [f"not in the model: {name}" for name in self.unmatched]
+        lines += [f"not in the plan: {name}" for name in self.missing]
+        return "\n".join(lines)
+
+    @property
+    def differs(self) -> bool:
+        """Whether anything is not as the plan says."""
+        return bool(self.skipped or self.unmatched or self.missing or self.stale or self.slow)

@@ -1,0 +1,59 @@
+"""What the verbs of the command line that run a model share: its arguments, loading it, and progress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autoq.cli_options import Command
+
+if TYPE_CHECKING:
+    from autoq.loading import Loaded
+    from autoq.terminal import Progress
+
+
+def text_option(command: Command) -> Command:
+    """``--text``."""
+    return click.option(
+        "--text",
+        type=click.Path(path_type=Path),
+        help="UTF-8 text that accuracy is judged by, in rows of 512 tokens. Default: English text that ships with "
+        "Python.",
+    )(command)
+
+
+def rows_option(command: Command) -> Command:
+    """``--rows``."""
+    return click.option(
+        "--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Rows of 512 tokens to use."
+    )(command)
+
+
+def shown_progress() -> Progress:
+    """Progress on stderr."""
+    from rich.console import Console
+
+    from autoq.terminal import Progress
+
+    return Progress(Console(stderr=True))
+
+
+def loaded_model(name: str, progress: Progress) -> Loaded:
+    """The model of a verb's argument MODEL."""
+    from autoq.loading import load_model
+
+    progress("load", name, 0, 1)
+    loaded = load_model(name)
+    progress("load", name, 1, 1)
+    return loaded
+
+
+def prepared(name: str, text: Path | None, rows: int, progress: Progress) -> tuple[Loaded, Any, str]:
+    """The model, its batches, and what they are."""
+    from autoq.loading import inputs
+
+    loaded = loaded_model(name, progress)
+    batches, source = inputs(loaded, text, rows=rows)
+    return loaded, batches, source

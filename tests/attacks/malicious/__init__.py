@@ -1,0 +1,1 @@
+"""Files made to harm whoever reads them, and the readers that must refuse them."""

@@ -1,0 +1,99 @@
+"""Every malicious file is refused by name, in bounded memory, without running anything of it."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Attack → how it ended, all run by one child process."""
+    report = tmp_path_factory.mktemp("attacks") / "report.json"
+    done = subprocess.run(
+        [sys.executable, str(HERE / "run.py"), "--json", str(report)],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    assert report.exists(), done.stderr[-3000:]
+    return json.loads(report.read_text())
+
+
+def test_every_attack_is_refused(outcomes):
+    assert {name: one["fault"] for name, one in outcomes.items() if one["fault"]} == {}
+
+
+def test_the_attacks_are_as_many_as_the_documentation_says(outcomes):
+    assert sum(1 for name in outcomes if "untouched" not in name) >= 550
+
+
+def test_every_refusal_names_the_file_or_the_layer_and_is_short(outcomes):
+    refused = {name: one for name, one in outcomes.items() if one["how"] != "read"}
+    assert all(one["message"] for one in refused.values())
+    assert {name: one["message"] for name, one in refused.items() if len(one["message"]) >= 2000} == {}
+
+
+def test_the_samples_themselves_are_read(outcomes):
+    untouched = {name: one["how"] for name, one in outcomes.items() if name.endswith(": untouched")}
+    assert set(untouched.values()) == {"read"}
+    assert len(untouched) == 11
+
+
+# -- nothing in the package could run a file's content -----------------------------------------------------------------
+
+_RUNS = {"eval", "exec", "compile", "__import__", "breakpoint"}
+_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy", "code", "xml", "imp"}
+# Where a module is imported by a name, and what the name is.
+_IMPORTS = {
+    ("autoq/__init__.py", "import_module"),  # the package's own names, from a table in the source
+    ("autoq/hf.py", "import_module"),  # the word "transformers"
+    ("autoq/loading.py", "import_module"),  # the words "transformers", "gguf"; module:function of the command line
+}
+# What loads a library: those that autoq compiled itself, and the C library.
+_LIBRARIES = {
+    ("kernels/cpu/build.py", "load_library"),
+    ("kernels/cpu/build.py", "CDLL"),
+    ("kernels/cpu/memory.py", "CDLL"),
+    ("autoq/folders.py", "CDLL"),
+}
+
+
+def _sources():
+    return sorted([*(ROOT / "autoq").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def _name(node):
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+@pytest.mark.parametrize("path", _sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_module_unpickles_evaluates_or_imports_what_a_file_says(path):
+    where = str(path.relative_to(ROOT))
+    tree = ast.parse(path.read_text())
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").split(".")[0])
+    assert not imported & _MODULES
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name, text = _name(node.func), ast.unparse(node)
+        plain = isinstance(node.func, ast.Name)
+        assert not (plain and name in _RUNS), text
+        assert not (name == "load" and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load")), text
+        assert name != "import_module" or (where, name) in _IMPORTS, text
+        assert name not in ("load_library", "CDLL", "LoadLibrary", "dlopen") or (where, name) in _LIBRARIES, text
+        if name == "from_pretrained" and where.startswith("autoq/"):
+            given = {one.arg: ast.unparse(one.value) for one in node.keywords}
+            assert given.get("trust_remote_code") == "False", text
