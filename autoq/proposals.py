@@ -22,7 +22,7 @@ from autoq.search_values import Budget, PlanPoint, Source
 _LOSS_RANGE, _HARD_RANGE = (-2.0, 0.3), (-0.1, 0.0)
 # Trials move the fitted log-multipliers by up to a factor of two.
 _OFFSET = 0.7
-# How many plans of the refitted frontier come before Optuna's.
+# How many plans of the refitted frontier come before Optuna's; and how many make a front known.
 _FRONTIER_PLANS = 8
 # After those every third is one of Optuna's and a local move by turns.
 _EVERY = 3
@@ -30,12 +30,14 @@ _EVERY = 3
 _REPEATS = 5
 # A plan at the limit is tried for at least this relative gain; what is less, no clock would tell from noise.
 _WORTHWHILE = 2e-3
-# So many of them are new ones, however many are known.
-_NEW_PLANS = 3
 # When the search has converged, so many plans at the limit may still fail to be the best.
 _LIMIT_TRIES = 2
 # The search ends when this many trials together gained no more than chance would.
 _PATIENCE = 6
+# Standard deviations of the model's misses that a plan stays below the limit by; their number, summed weights.
+_CAUTION, _ONE_PLAN = 2.0, 1.0
+# Of those misses, as a share of the limit: plans alike miss alike, the next one may not.
+_LEAST_DEVIATION = 0.04
 # A measured plan corrects predictions of plans with about its loss: half-width as a ratio of losses.
 _NEARBY = 0.4
 
@@ -129,6 +131,8 @@ class Proposer:
 
     def _steps(self, view: _View) -> list[Callable[[_View], Proposal | None]]:
         """What to try, in this order."""
+        if self._explored(view.points):
+            return [self._known_best, self._at_limit]
         if self.converged(view.points):
             last = view.points[-_LIMIT_TRIES:]
             best = min(self._fitting(view.points), default=math.inf)
@@ -142,6 +146,13 @@ class Proposer:
             return [self._known_best, self._at_limit, *others, self._into_gap]
         return [self._known_best, self._at_limit, self._into_gap, *others]
 
+    def _explored(self, points: Sequence[PlanPoint]) -> bool:
+        """Whether an earlier search showed the front on both sides of the limit: only its best plan is missing then."""
+        primary = self.budget.primary
+        known = [point.value(primary) for point in points if point.source == "known" and point.comparable]
+        below = [value for value in known if value <= self.budget.limits[primary]]
+        return len(below) >= _FRONTIER_PLANS and len(below) < len(known)
+
     def _fitting(self, points: Sequence[PlanPoint]) -> list[float]:
         """The objective of the fully measured plans within the limits."""
         return [point.value(self.budget.metric) for point in points if point.fits(self.budget)]
@@ -149,8 +160,8 @@ class Proposer:
     def converged(self, points: Sequence[PlanPoint]) -> bool:
         """Whether the last trials gained no hypervolume beyond what chance would."""
         chosen = [point for point in points if point.source != "uniform"]
-        new = sum(point.source != "known" for point in chosen)
-        if len(chosen) < _FRONTIER_PLANS + _PATIENCE or new < _NEW_PLANS:
+        new = any(point.source != "known" for point in chosen)  # one for this budget, however many are known
+        if len(chosen) < _FRONTIER_PLANS + _PATIENCE or not new:
             return False
         refined = chosen[-_PATIENCE:]
         if not any(len(point.evaluation.rows) > 1 for point in points):
@@ -296,7 +307,8 @@ class Proposer:
     def _reserve(self, fitted: Mapping[str, float], points: Sequence[PlanPoint]) -> float:
         """Logarithm of the share of the loss limit to aim at, so that the measured upper bound meets the limit.
 
-        Takes off the interval's half-width and the fitted model's bias, both as seen on plans near the limit.
+        Takes off the interval's half-width, the fitted model's bias and twice its spread, as seen on plans near the
+        limit: near the limit a little less loss costs hardly any time, but a plan just over it costs a measurement.
         """
         limit = self.budget.limits[self.budget.primary]
         near = [point for point in points if point.full and math.isfinite(point.evaluation.high)]
@@ -308,4 +320,12 @@ class Proposer:
         error_P = delta_P - np.array([self.model.predict(fitted, point.assignment) for point in near])
         spread = float(weight_P @ spread_P / weight_P.sum()) if weight_P.sum() > 1e-6 else 0.0
         bias = float(weight_P @ error_P / (weight_P.sum() + 1.0))
-        return math.log(min(max(1.0 - (spread + bias) / limit, 0.2), 2.0))
+        # Uniform plans are off in ways that mixed ones are not.
+        mixed_P = weight_P * np.array([point.source != "uniform" for point in near])
+        deviation = 0.0
+        if mixed_P.sum() > _ONE_PLAN:
+            miss_P = error_P + spread_P
+            mean = float(mixed_P @ miss_P / mixed_P.sum())
+            squares = float(mixed_P @ (miss_P - mean) ** 2 / mixed_P.sum())
+            deviation = math.hypot(math.sqrt(squares), _LEAST_DEVIATION * limit)
+        return math.log(min(max(1.0 - (spread + bias + _CAUTION * deviation) / limit, 0.2), 2.0))
