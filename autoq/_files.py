@@ -44,7 +44,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[AutoqE
         write(temporary)
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(_mode(path))
         temporary.replace(path)
         temporary = None
         sync_folder(path.parent)
@@ -61,6 +61,14 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[AutoqE
                 temporary.unlink(missing_ok=True)
         if handle >= 0:
             os.close(handle)
+
+
+def _mode(path: Path) -> int:
+    """A file that is replaced keeps its permissions; a new one may be read by all."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        return 0o644
 
 
 def leftovers(folder: Path, name: str = "", *, remove: bool = False) -> list[Path]:

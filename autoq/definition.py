@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -118,19 +119,29 @@ def publish(storage: optuna.storages.BaseStorage, prefix: str, definition: Defin
 
 
 def published(storage: optuna.storages.BaseStorage) -> dict[str, dict[str, Any]]:
-    """The names of the studies whose definition is complete, the oldest first, with all they say."""
+    """The names of the studies whose definition is complete, the oldest first, with all they say.
+
+    Raises:
+        SearchError: if the storage contradicts itself.
+    """
     import optuna
 
-    summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
-    return {one.study_name: one.user_attrs for one in summaries if "definition" in one.user_attrs}
+    with _consistent("the storage"):
+        summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
+        return {one.study_name: one.user_attrs for one in summaries if "definition" in one.user_attrs}
 
 
 def load(storage: optuna.storages.BaseStorage, name: str) -> tuple[optuna.Study, Definition]:
-    """A published study and what it searches."""
+    """A published study and what it searches.
+
+    Raises:
+        SearchError: if there is none of that name, or its definition is damaged.
+    """
     import optuna
 
-    study = optuna.load_study(study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler())
-    said = study.user_attrs
+    with _consistent(name):
+        study = optuna.load_study(study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler())
+        said = study.user_attrs
     try:
         part, chunks = said["definition"]["part"], said["definition"]["chunks"]
         text = "".join(said[f"definition:{part}:{number}"] for number in range(chunks))
@@ -139,3 +150,17 @@ def load(storage: optuna.storages.BaseStorage, name: str) -> tuple[optuna.Study,
         raise SearchError("a study's definition is complete", where=name, got=got, fix=_FIX) from problem
     value = parse_json(text, SearchError, what="a study's definition", where=name, fix=_FIX)
     return study, Definition.from_json(value)
+
+
+@contextmanager
+def _consistent(where: str) -> Iterator[None]:
+    """What Optuna raises on a storage that it did not write so, as a SearchError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, AssertionError) as problem:
+        raise SearchError(
+            "a study is in the storage, as Optuna wrote it",
+            where=where,
+            got=f"{type(problem).__name__}: {problem}",
+            fix="Choose another storage, or remove the file to start over.",
+        ) from problem

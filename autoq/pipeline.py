@@ -439,7 +439,7 @@ class Tuning:
         if self.settings.eval_fn is not None or not isinstance(self.meter.metric, TokenNLL):
             return self.meter.baseline()
         cache = SensitivityCache(self.folder, self._judged_by() | {"device": self.fingerprint.key})
-        kept = cache.baseline()
+        kept = cache.baseline(samples=sum(len(batch.kwargs["input_ids"]) for batch in self.meter.batches))
         if kept is not None:
             self.meter.remember(torch.tensor(kept, dtype=torch.float32))
         else:

@@ -261,6 +261,8 @@ def _check_units(units: Mapping[str, tuple[str, ...]], layers: Mapping[str, Sche
     """Refuse units of unknown layers, of layers with different schemes, or that share a layer."""
     owners: dict[str, str] = {}
     for unit, group in units.items():
+        if len(set(group)) != len(group):
+            raise PlanError(f"{unit_path(unit)} is a list of layers, each once", got=", ".join(group[:_SHOWN]))
         unknown = [layer for layer in group if layer not in layers]
         if unknown:
             raise PlanError(f"{unit_path(unit)} is a list of layers of the plan", got=", ".join(unknown[:_SHOWN]))

@@ -308,7 +308,9 @@ def test_damaged_losses_are_named(tmp_path, text):
     cache = SensitivityCache(tmp_path, {"weights": "a"})
     assert cache.baseline() is None
     cache.keep_baseline([0.5, 1])
-    assert cache.baseline() == [0.5, 1.0]
+    assert cache.baseline() == cache.baseline(samples=2) == [0.5, 1.0]
+    with pytest.raises(CacheError, match=r"baseline\.json: .* each of 3 samples; got 2\. Run `autoq cache prune`"):
+        cache.baseline(samples=3)
     (path,) = (tmp_path / "sensitivity").glob("*/baseline.json")
     path.write_text(text)
     with pytest.raises(CacheError, match=r"baseline\.json"):

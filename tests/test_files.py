@@ -251,3 +251,12 @@ def test_a_read_takes_no_more_memory_than_the_limit(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refusal(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path):
+    path = tmp_path / "plan.json"
+    _files.write_atomic(path, lambda temporary: temporary.write_text("old"), PlanError)
+    assert path.stat().st_mode & 0o777 == 0o644
+    path.chmod(0o600)
+    _files.write_atomic(path, lambda temporary: temporary.write_text("new"), PlanError)
+    assert path.stat().st_mode & 0o777 == 0o600

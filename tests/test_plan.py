@@ -664,3 +664,8 @@ def test_rebase_refuses_what_is_ambiguous_incomplete_or_of_another_shape(plan, m
 def test_rebase_without_known_shapes_goes_by_names():
     plan = replace(plan_for("0.k", "0.q", "head"), provenance={})
     assert list(plan.rebase(under("model", blocks())).layers) == ["model.0.k", "model.0.q", "model.head"]
+
+
+def test_a_unit_has_each_of_its_layers_once():
+    with pytest.raises(PlanError, match=r'\$\.units\["u"\] is a list of layers, each once; got fc, fc'):
+        Plan(layers={"fc": "int8wo"}, units={"u": ["fc", "fc"]})

@@ -189,13 +189,22 @@ class SensitivityCache:
         """Keep new scores."""
         self._parts.append(rows)
 
-    def baseline(self) -> list[float] | None:
+    def baseline(self, *, samples: int | None = None) -> list[float] | None:
         """The unquantized model's losses, one per sample, if they were kept.
 
+        Args:
+            samples: how many there must be, if that is known.
+
         Raises:
-            CacheError: if the file is damaged.
+            CacheError: if the file is damaged, or has another number of losses.
         """
-        return read_baseline(self._baseline) if self._baseline.exists() else None
+        if not self._baseline.exists():
+            return None
+        found = read_baseline(self._baseline)
+        if samples is not None and len(found) != samples:
+            rule = f"the unquantized model has a loss for each of {samples} samples"
+            raise CacheError(rule, where=str(self._baseline), got=len(found), fix=_FIX)
+        return found
 
     def keep_baseline(self, losses: Iterable[float]) -> None:
         """Keep the unquantized model's losses, if all are finite numbers: nothing else can be read back."""
