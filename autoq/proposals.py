@@ -30,8 +30,9 @@ _EVERY = 3
 _REPEATS = 5
 # A plan at the limit is tried for at least this relative gain; what is less, no clock would tell from noise.
 _WORTHWHILE = 2e-3
-# When the search has converged, so many plans at the limit may still fail to be the best.
+# When the search has converged, so many plans at the limit or beside the best may still fail to be the best.
 _LIMIT_TRIES = 2
+_LIMIT, _LAST = "limit", "last"  # labels of those plans
 # The search ends when this many trials together gained no more than chance would.
 _PATIENCE = 6
 # Standard deviations of the model's misses that a plan stays below the limit by; their number, summed weights.
@@ -137,10 +138,13 @@ class Proposer:
             last = view.points[-_LIMIT_TRIES:]
             best = min(self._fitting(view.points), default=math.inf)
             tried = all(
-                point.label.startswith("limit") and not (point.full and point.value(self.budget.metric) <= best)
+                point.label.startswith((_LIMIT, _LAST))
+                and not (point.fits(self.budget) and point.value(self.budget.metric) <= best)
                 for point in last
             )
-            return [self._known_best] if tried else [self._known_best, self._at_limit]
+            if tried:
+                return [self._known_best]
+            return [self._known_best, self._at_limit, self._close_to_limit, self._last_move]
         others = [self._by_optuna, self._local] if view.turn // _EVERY % 2 else [self._local, self._by_optuna]
         if view.turn >= _FRONTIER_PLANS and view.turn % _EVERY == 0:
             return [self._known_best, self._at_limit, *others, self._into_gap]
@@ -206,17 +210,21 @@ class Proposer:
                 return Proposal("local", f"{point.label} again", point.assignment)
         return None
 
-    def _at_limit(self, view: _View) -> Proposal | None:
+    def _close_to_limit(self, view: _View) -> Proposal | None:
+        """The plan at the limit without caution: where plans are few, the last bit of the limit may be worth a lot."""
+        return self._at_limit(view, caution=0.0)
+
+    def _at_limit(self, view: _View, caution: float = _CAUTION) -> Proposal | None:
         """The best plan within the limits as the fitted model sees it, if it beats the best that was measured."""
         params = dict.fromkeys(self.model.names, 0.0) | {"target": 0.0}
-        assignment = self.decode(params, view.fitted, view.points)
+        assignment = self.decode(params, view.fitted, view.points, caution)
         expected = self.model.predict(view.fitted, assignment)
         if self.budget.metric != "loss":
             expected = self.model.problem.value(assignment, self.budget.metric)
         best = min(self._fitting(view.points), default=math.inf)
         if assignment in view.taken or expected > best - _WORTHWHILE * abs(expected):
             return None
-        return Proposal("frontier", f"limit {view.turn}", assignment, params)
+        return Proposal("frontier", f"{_LIMIT} {view.turn}", assignment, params)
 
     def _into_gap(self, view: _View) -> Proposal | None:
         """The frontier's plan that should add most to what the measured plans cover, and the pending ones will."""
@@ -291,24 +299,40 @@ class Proposer:
                 return Proposal("local", f"local {view.turn}", assignment)
         return None
 
+    def _last_move(self, view: _View) -> Proposal | None:
+        """The best neighbour of the best plan within the limits, if it is expected to be worth a measurement."""
+        found = self._local(view)
+        fitting = [point for point in view.points if point.fits(self.budget)]
+        if found is None or found.assignment is None or not fitting:
+            return None
+        metric, problem = self.budget.metric, self.model.corrected(view.fitted)
+        base = problem.value(min(fitting, key=lambda point: point.value(metric)).assignment, metric)
+        if problem.value(found.assignment, metric) > base - _WORTHWHILE * abs(base):
+            return None
+        return found._replace(label=f"{_LAST} {view.turn}")
+
     def decode(
-        self, params: Mapping[str, float], fitted: Mapping[str, float], points: Sequence[PlanPoint]
+        self,
+        params: Mapping[str, float],
+        fitted: Mapping[str, float],
+        points: Sequence[PlanPoint],
+        caution: float = _CAUTION,
     ) -> Assignment:
         """The knapsack's plan for the fitted model moved by a trial's parameters."""
         moved = {name: fitted[name] + params[name] for name in self.model.names}
         problem = self.model.corrected(moved)
-        target = params["target"] + self._reserve(fitted, points)
+        target = params["target"] + self._reserve(fitted, points, caution)
         try:
             return self.budget.solve(problem, target=target).assignment
         except SearchError:
             # Nothing fits by the model: the plan that comes nearest may still measure within.
             return self.budget.nearest(problem).assignment
 
-    def _reserve(self, fitted: Mapping[str, float], points: Sequence[PlanPoint]) -> float:
+    def _reserve(self, fitted: Mapping[str, float], points: Sequence[PlanPoint], caution: float) -> float:
         """Logarithm of the share of the loss limit to aim at, so that the measured upper bound meets the limit.
 
-        Takes off the interval's half-width, the fitted model's bias and twice its spread, as seen on plans near the
-        limit: near the limit a little less loss costs hardly any time, but a plan just over it costs a measurement.
+        Takes off the interval's half-width, the fitted model's bias and ``caution`` times its spread, as seen on plans
+        near the limit: there a little less loss costs hardly any time, but a plan just over it costs a measurement.
         """
         limit = self.budget.limits[self.budget.primary]
         near = [point for point in points if point.full and math.isfinite(point.evaluation.high)]
@@ -328,4 +352,4 @@ class Proposer:
             mean = float(mixed_P @ miss_P / mixed_P.sum())
             squares = float(mixed_P @ (miss_P - mean) ** 2 / mixed_P.sum())
             deviation = math.hypot(math.sqrt(squares), _LEAST_DEVIATION * limit)
-        return math.log(min(max(1.0 - (spread + bias + _CAUTION * deviation) / limit, 0.2), 2.0))
+        return math.log(min(max(1.0 - (spread + bias + caution * deviation) / limit, 0.2), 2.0))

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from autoq import proposals
 from autoq.hypervolume import hypervolume
 from autoq.knapsack import Option, Problem, Unit, frontier
 from autoq.loss_model import LossModel
@@ -226,3 +227,30 @@ def test_where_an_earlier_search_showed_the_front_only_the_best_plan_is_looked_f
     # With nothing known beyond the limit, or too little below it, the search goes on.
     assert found.propose([*uniform_points(), *known[:-1], best], [], 100) is not None
     assert found.propose([*uniform_points(), *known[2:], best], [], 100) is not None
+
+
+def test_before_the_search_ends_the_limit_and_the_best_plans_neighbours_are_tried_twice():
+    points = chain([1.0] * 8 + [0.0] * 6, noise=0.001)
+    assert proposer().converged(points)
+    labels = []
+    while (found := proposer().propose(points, [], 100)) is not None:
+        labels.append(found.label.split()[0])
+        points.append(point(found.assignment, 2 * LIMIT, label=found.label, noise=0.001))
+    assert len(labels) == 2
+    assert set(labels) <= {"limit", "last"}
+
+
+def test_a_neighbour_of_the_best_plan_is_tried_where_it_promises_at_least_a_measurable_gain():
+    found = proposer()
+    plans = [one.assignment for one in frontier(PROBLEM) if one.loss < 0.8 * LIMIT]
+    points = [*uniform_points(), *map(point, plans)]
+    view = proposals._View(points, [], [], dict.fromkeys(found.model.names, 0.0), len(plans))
+    best = min((one for one in points if one.fits(found.budget)), key=lambda one: one.time_us)
+    move = found._last_move(view)
+    assert move.label.startswith("last")
+    assert PROBLEM.time_us(move.assignment) < (1 - 2e-3) * best.time_us
+    assert PROBLEM.loss(move.assignment) <= LIMIT
+    at_limit = point(
+        min((one for one in frontier(PROBLEM) if one.loss <= LIMIT), key=lambda one: one.time_us).assignment
+    )
+    assert found._last_move(view._replace(points=[*points, at_limit])) is None
