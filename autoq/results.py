@@ -23,7 +23,7 @@ from autoq.workload import Workload
 if TYPE_CHECKING:
     import pandas as pd
 
-TRIALS = 28  # plans whose loss is measured at most, unless told otherwise: 20 beside eight uniform ones
+TRIALS = 26  # plans whose loss is measured at most, unless told otherwise: 18 beside eight uniform ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
