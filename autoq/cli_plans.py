@@ -148,6 +148,7 @@ def bench(*, model: str, plan: Path, text: Path | None, rows: int, output: Path 
     MODEL is a Hugging Face folder, a .gguf file, module:function or smollm2.
     """
     from autoq import terminal
+    from autoq.modules import device_of
     from autoq.plan import Plan
     from autoq.quantizing import measure
     from autoq.remeasuring import check_phases, measured_plan, own_phases
@@ -163,8 +164,7 @@ def bench(*, model: str, plan: Path, text: Path | None, rows: int, output: Path 
         progress("measure", "compiling and timing", 0, 1)
         measured = measure(loaded.model, wanted, batches, phases=phases)
         progress("measure", "", 1, 1)
-    device = str(next((parameter.device for parameter in loaded.model.parameters()), "cpu"))
-    found = measured_plan(wanted, measured, device)
+    found = measured_plan(wanted, measured, device_of(loaded.model))
     if as_json:
         print_json({"text": source, **plan_json(found)})
     else:

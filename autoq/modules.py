@@ -80,6 +80,11 @@ class OtherWeight:
     share: float
 
 
+def device_of(model: nn.Module) -> str:
+    """The device of a model's first parameter, such as ``"cuda:0"``; the CPU for a model without parameters."""
+    return str(next((parameter.device for parameter in model.parameters()), "cpu"))
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The module under ``torch.compile`` and (Distributed)DataParallel wrappers."""
     while True:

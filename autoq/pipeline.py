@@ -36,7 +36,7 @@ from autoq.evaluation import Additive, EvalFn, LossBudget, LossMeter, loss_budge
 from autoq.identity import content_hash, function_hash, model_hash
 from autoq.judging import Judge
 from autoq.losses import Batch, LossFn, TokenNLL, as_batches, default_metric, is_causal_lm
-from autoq.modules import FilterFn, check_weights, compile_arguments, unwrap
+from autoq.modules import FilterFn, check_weights, compile_arguments, device_of, unwrap
 from autoq.phase_forms import PhaseForms
 from autoq.profiler import LatencyModel, isolated_times, profile, shapes_of
 from autoq.profiler.end_to_end import UNQUANTIZED
@@ -195,7 +195,7 @@ class Tuning:
             if not (isinstance(name, str) and name.isprintable()):  # it becomes a key of the plan, which is printed
                 raise InputError("a phase's name is printable text", got=repr(name))
         folder = settings.cache_dir or default_folder()
-        self.device = str(next((p.device for p in self.model.parameters()), "cpu"))
+        self.device = device_of(self.model)
         self.fingerprint = Fingerprint.current(self.device)
         self.profiles = ProfileCache(folder, self.fingerprint)
         if housekeeping.earlier_profiles(folder):

@@ -16,7 +16,7 @@ from autoq.evaluation import Difference
 from autoq.fitting import fit
 from autoq.language import rows_as_batches, tokens_of
 from autoq.losses import as_batches, is_causal_lm
-from autoq.modules import compile_arguments, evaluating, find_linears, unwrap
+from autoq.modules import compile_arguments, device_of, evaluating, find_linears, unwrap
 from autoq.pipeline import default_phases, versions
 from autoq.plan import Plan
 from autoq.plan_text import finite
@@ -80,9 +80,8 @@ def remeasure(
     by_phase = before.get("phases") or {}
     for name, phase in fresh["phases"].items():
         phase |= {key: one for key, one in by_phase.get(name, {}).items() if key in _LOSSES}
-    device = str(next((parameter.device for parameter in root.parameters()), "cpu"))
     then = plan.provenance.get("remeasured", {}).get("loss_device") or plan.provenance.get("device")
-    return _measured_here(plan, calls, {**kept, **fresh}, device, then if "loss_delta" in kept else None)
+    return _measured_here(plan, calls, {**kept, **fresh}, device_of(root), then if "loss_delta" in kept else None)
 
 
 def measured_plan(plan: Plan, measured: Measured, device: str) -> Plan:
