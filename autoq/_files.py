@@ -9,8 +9,8 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], error: type[AutoqE
         raise error(
             "the file must be writable",
             where=str(path),
-            got=f"{type(problem).__name__}: {problem.strerror or problem}",
+            got=reason_of(problem),
             fix="Choose another folder, or free space and permissions there.",
         ) from problem
     finally:
@@ -69,6 +69,11 @@ def _mode(path: Path) -> int:
         return stat.S_IMODE(path.stat().st_mode)
     except FileNotFoundError:
         return 0o644
+
+
+def reason_of(problem: Exception) -> str:
+    """What the system says, without its number and the path."""
+    return f"{type(problem).__name__}: {getattr(problem, 'strerror', None) or problem}"
 
 
 def leftovers(folder: Path, name: str = "", *, remove: bool = False) -> list[Path]:
@@ -125,7 +130,7 @@ def read_bytes_bounded(
         finally:
             os.close(handle)
     except (OSError, ValueError) as problem:  # ValueError: a zero byte in the name
-        got = f"{type(problem).__name__}: {getattr(problem, 'strerror', None) or problem}"
+        got = reason_of(problem)
         if not follow and Path(path).is_symlink():
             got = "a symbolic link"
         raise error(f"{what} must be readable", where=str(path), got=got, fix=fix) from problem
@@ -263,18 +268,37 @@ def _temporary(path: Path) -> tuple[int, Path]:
 
 
 def _is_abandoned(temporary: Path, remove: bool) -> bool:
+    with unheld(temporary, os.O_NONBLOCK | os.O_NOFOLLOW) as handle:
+        if handle is None or not stat.S_ISREG(os.fstat(handle).st_mode):
+            return False
+        if remove:  # under the lock: whoever made it and waits for the lock sees that it is gone
+            try:
+                temporary.unlink(missing_ok=True)
+            except OSError:
+                return False
+        return True
+
+
+@contextmanager
+def unheld(path: Path, flags: int) -> Iterator[int | None]:
+    """A file or folder opened and locked; None if a living process holds its lock, or it cannot be opened.
+
+    Args:
+        path: what to open.
+        flags: of ``os.open``, besides reading.
+    """
     try:
-        handle = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     except OSError:
-        return False
+        yield None
+        return
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        found = stat.S_ISREG(os.fstat(handle).st_mode)
-        if found and remove:  # under the lock: whoever made it and waits for the lock sees that it is gone
-            temporary.unlink(missing_ok=True)
-        return found
-    except OSError:
-        return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+        else:
+            yield handle
     finally:
         os.close(handle)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from autoq._files import reason_of
 from autoq.checkpoint_files import (
     CONFIG,
     GENERATION,
@@ -80,7 +81,7 @@ def save_quantized(
         raise CheckpointError(
             "the folder must be writable",
             where=printable(directory),
-            got=f"{type(problem).__name__}: {problem.strerror or problem}",
+            got=reason_of(problem),
             fix="Choose another folder, or free space and permissions there.",
         ) from problem
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoq._files import parse_json, shown
+from autoq._files import parse_json, reason_of, shown
 from autoq.errors import CandidateError, CheckpointError, PlanError
 from autoq.folders import recover, resolved
 from autoq.opening import Opener, printable
@@ -291,6 +291,6 @@ def _unreadable(folder: Path, problem: OSError) -> CheckpointError:
     return CheckpointError(
         f"a quantized checkpoint is a folder with {MANIFEST}, readable",
         where=printable(folder),
-        got=f"{type(problem).__name__}: {problem.strerror or problem}",
+        got=reason_of(problem),
         fix="Pass the folder that autoq.save_quantized wrote.",
     )

@@ -60,15 +60,19 @@ class Definition:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Definition:
+    def from_json(cls, value: Mapping[str, Any], *, where: str = "") -> Definition:
         """Read the form kept in the study.
+
+        Args:
+            value: from ``to_json``.
+            where: the study's name, for messages.
 
         Raises:
             SearchError: if another version of autoq wrote it in another form.
         """
         schema = value.get("schema") if isinstance(value, dict) else None
         if schema != _SCHEMA:
-            raise SearchError(f"a study's definition has schema {_SCHEMA}", got=shown(schema), fix=_FIX)
+            raise SearchError(f"a study's definition has schema {_SCHEMA}", where=where, got=shown(schema), fix=_FIX)
         try:
             names = ("families", "fidelities", "seed", "fingerprint", "identity", "recipe")
             return cls(
@@ -80,7 +84,7 @@ class Definition:
             )
         except (ValueError, LookupError, TypeError, AttributeError) as problem:
             got = f"{type(problem).__name__}: {shown(str(problem))}"
-            raise SearchError("a study's definition is as autoq wrote it", got=got, fix=_FIX) from problem
+            raise SearchError("a study's definition is as autoq wrote it", where=where, got=got, fix=_FIX) from problem
 
     @property
     def hash(self) -> str:
@@ -149,7 +153,7 @@ def load(storage: optuna.storages.BaseStorage, name: str) -> tuple[optuna.Study,
         got = f"{type(problem).__name__}: {shown(str(problem))}"
         raise SearchError("a study's definition is complete", where=name, got=got, fix=_FIX) from problem
     value = parse_json(text, SearchError, what="a study's definition", where=name, fix=_FIX)
-    return study, Definition.from_json(value)
+    return study, Definition.from_json(value, where=name)
 
 
 @contextmanager

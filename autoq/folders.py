@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from autoq._files import sync_folder
+from autoq._files import sync_folder, unheld
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -142,14 +142,8 @@ def _beside(target: Path, suffix: str) -> list[Path]:
 
 def _is_abandoned(folder: Path) -> bool:
     """Whether no living process holds the folder's lock."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        finally:
-            os.close(handle)
-    return False
+    with unheld(folder, os.O_DIRECTORY) as handle:
+        return handle is not None
 
 
 @contextmanager

@@ -16,15 +16,13 @@ from torch.nn.modules import module as registration
 from autoq._files import shown
 from autoq.checkpoint_files import CONFIG, GENERATION, Checkpoint, opened
 from autoq.errors import CheckpointError, InputError
+from autoq.hf_settings import BACKBONE, IMPLEMENTATION, settings
 from autoq.installing import install, skeleton
 
 __all__ = ["load"]
 
 # What would make transformers fetch other files, or run code that is not its own.
-_FOREIGN = re.compile(
-    r"auto_map|custom_\w+|_?(attn|experts)_implementation\w*"
-    r"|use_pretrained_backbone|use_timm_backbone|backbone|backbone_kwargs|backbone_checkpoint"
-)
+_FOREIGN = re.compile(rf"auto_map|custom_\w+|{IMPLEMENTATION.pattern}|{BACKBONE.pattern}")
 _FOREIGN_TYPE = re.compile(r"timm\w*")  # models of another library, which fetches them by name
 # transformers makes lists as long as these say, before it makes the modules.
 _REPEATED = re.compile(r"\w*(layers?|depths?|blocks?|labels|block_(sizes|repeats))")
@@ -59,7 +57,7 @@ def load(folder: str | Path, *, attn_implementation: str | None = None) -> Any:
         model = _built(transformers, checkpoint, attn_implementation)
         install(model, checkpoint)
         generation = checkpoint.json(GENERATION)
-        if generation is not None:
+        if GENERATION in checkpoint.texts:
             with _understood(checkpoint.folder / GENERATION):
                 _check(generation, checkpoint.folder / GENERATION, checkpoint)
                 model.generation_config = transformers.GenerationConfig.from_dict(_decoded(generation))
@@ -104,9 +102,7 @@ def _check(value: Any, path: Path, checkpoint: Checkpoint) -> None:
         raise CheckpointError("a configuration is a JSON object", where=str(path), got=type(value).__name__)
     longest = max((max(form.shape, default=1) for form in checkpoint.forms.values() if form.nbytes), default=1)
     repeated = 1024 + 16 * len(checkpoint.forms)
-    todo: list[tuple[str, str, Any]] = [("$", "", value)]
-    while todo:
-        where, key, one = todo.pop()
+    for where, key, one in settings(value):
         if (_FOREIGN.fullmatch(key) and one not in (None, False)) or _is_foreign_type(key, one):
             raise CheckpointError(
                 f"{where} would let transformers fetch or run other code",
@@ -115,13 +111,9 @@ def _check(value: Any, path: Path, checkpoint: Checkpoint) -> None:
                 fix=_BUILD_IT,
             )
         if isinstance(one, dict):
-            if key == "label2id":  # its keys are anybody's words
-                continue
-            todo += [(f"{where}.{name}", name, item) for name, item in one.items()]
             continue
         listed = isinstance(one, list)
         items = one if listed else [one]
-        todo += [(f"{where}[{at}]", key, item) for at, item in enumerate(items) if isinstance(item, dict | list)]
         sizes = [abs(item) for item in items if isinstance(item, int | float)]
         most = _MOST
         if _REPEATED.fullmatch(key):

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from autoq._files import reason_of
 from autoq.errors import SearchError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _backend(path: Path, lock: Any) -> optuna.storages.journal.JournalFileBacken
                 raise SearchError(
                     "the study's file must be a writable Optuna journal",
                     where=str(path),
-                    got=f"{type(problem).__name__}: {getattr(problem, 'strerror', None) or problem}",
+                    got=reason_of(problem),
                     fix="What was measured before is kept; start again when there is space and permission.",
                 ) from problem
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -12,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoq._files import read_bytes_bounded, shown
 from autoq.errors import InputError
+from autoq.hf_settings import fetched
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ROWS, ROW_TOKENS = 32, 512  # the text that plans are judged by: 16,384 tokens
+_MOST_CONFIG = 16 << 20  # bytes
 _FORMS = "Give a Hugging Face folder, a .gguf file, module:function, or smollm2."
 
 
@@ -155,12 +159,26 @@ def _from_folder(path: Path) -> Loaded:
     transformers = _transformers()
     # Only what is in transformers itself and in safetensors: a folder's own code and its pickles are refused.
     with _quiet(), _read_errors(path):
+        _check_config(path / "config.json")
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = _architecture(transformers, config.architectures)
         model = kind.from_pretrained(path, dtype="auto", trust_remote_code=False, use_safetensors=True)
         has_tokenizer = any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False) if has_tokenizer else None
     return Loaded(model=model.eval(), tokenizer=tokenizer, source=f"{path.name or path} ({type(model).__name__})")
+
+
+def _check_config(path: Path) -> None:
+    """Refuse a configuration with which transformers would fetch something besides the folder's own files."""
+    value = json.loads(read_bytes_bounded(path, InputError, what="a configuration", limit_bytes=_MOST_CONFIG))
+    found = fetched(value) if isinstance(value, dict) else None
+    if found is not None:
+        raise InputError(
+            f"{found[0]} would let transformers fetch code or weights by name",
+            where=str(path),
+            got=shown(found[1]),
+            fix="Build the model in a function of yours and give module:function.",
+        )
 
 
 def _architecture(transformers: Any, named: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoq._files import read_json, shown, write_atomic
 from autoq.errors import AutoqError, PlanError
-from autoq.plan_names import plain_name, renaming
+from autoq.plan_names import plain_name, renamed_groups, renaming
 from autoq.plan_schema import SCHEMA, SECTIONS, check_scheme, check_sections, upgraded, without_figures
 from autoq.plan_text import content_hash, layer_path, plain, text_of, unit_path
 from autoq.scheme import Scheme, Value
@@ -24,7 +24,7 @@ __all__ = ["Plan", "plain_name", "whole_units"]
 
 _log = logging.getLogger(__name__)
 _LIMIT_BYTES = 16 << 20
-_FIX = "Restore the file, or tune again."
+_FIX = "Correct or restore the file, or tune again."
 _SHOWN = 5  # names in a message
 
 
@@ -114,7 +114,7 @@ class Plan:
         return replace(
             self,
             layers={names[name]: scheme for name, scheme in self.layers.items()},
-            units={unit: tuple(names[name] for name in group) for unit, group in self.units.items()},
+            units=renamed_groups(self.units, names),
             provenance=provenance,
         )
 
@@ -153,7 +153,7 @@ class Plan:
         try:
             return _read(cls, value, where)
         except AutoqError as problem:
-            raise PlanError(problem.rule, where=where, got=problem.got, fix=problem.fix) from problem
+            raise PlanError(problem.rule, where=where, got=problem.got, fix=problem.fix or _FIX) from problem
 
     def save(self, path: str | Path) -> None:
         """Write the plan as canonical JSON, atomically: the old file stays until the new one is complete.
@@ -191,7 +191,7 @@ def whole_units(units: Mapping[str, tuple[str, ...]], layers: Mapping[str, Schem
 
 def _read(kind: type[Plan], given: Any, where: str) -> Plan:
     if not isinstance(given, Mapping):
-        raise PlanError("a plan is a JSON object", got=type(given).__name__)
+        raise PlanError("a plan is a JSON object", got=type(given).__name__, fix="Pass a file that `plan.save` wrote.")
     value = plain(given)
     schema = value.pop("schema", None)
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:

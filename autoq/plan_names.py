@@ -31,6 +31,38 @@ def plain_name(name: str) -> str:
     return name
 
 
+def group_name(group: Sequence[str]) -> str:
+    """The name of layers that are decided together: theirs where they agree; where they do not, all that stands there.
+
+    ``blocks.0.attn.q`` and ``blocks.0.attn.k`` are ``blocks.0.attn.q+k``; numbers are shortened to ``0-7``.
+    """
+    parts = [name.split(".") for name in group]
+    if len({len(one) for one in parts}) > 1:
+        return "+".join(group)
+    return ".".join(_listed(list(dict.fromkeys(column))) for column in zip(*parts, strict=True))
+
+
+def renamed_groups(groups: Mapping[str, tuple[str, ...]], names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Groups of layers under other names; a group's own name changes with them, unless someone chose it."""
+    found: dict[str, tuple[str, ...]] = {}
+    for unit, group in groups.items():
+        members = tuple(names[name] for name in group)
+        made = group_name(group)
+        chosen = unit.rstrip("+") != made  # equal names are told apart by a + at the end
+        name = unit if chosen else group_name(members) + unit.removeprefix(made)
+        while name in found:
+            name += "+"
+        found[name] = members
+    return found
+
+
+def _listed(values: Sequence[str]) -> str:
+    numbers = [int(value) for value in values if value.isdigit()]
+    if len(numbers) == len(values) > 2 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        return f"{numbers[0]}-{numbers[-1]}"
+    return "+".join(values)
+
+
 def renaming(wanted: Sequence[str], shapes: Mapping[str, Shape], model: nn.Module) -> dict[str, str]:
     """The names that a model has for a plan's layers: the same ones, or all with one prefix more or less.
 

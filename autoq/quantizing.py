@@ -50,6 +50,7 @@ def autoquant(
     plan: str | Path | Plan | None = None,
     accept_plan: bool = False,
     cache_dir: str | Path | None = None,
+    profile_from: str | None = None,
     filter_fn: FilterFn | None = None,
     manual: bool = False,
     keep_float: bool = False,
@@ -80,6 +81,7 @@ def autoquant(
         plan: a plan, or a plan file: replayed without measuring anything if it is there, else tuned and written.
         accept_plan: replay a plan file although it was tuned for other limits, objective or phases.
         cache_dir: as in ``autoq.tune``.
+        profile_from: as in ``autoq.tune``.
         filter_fn: as in ``autoq.tune``.
         manual: record until ``model.finalize_autoquant()`` is called; it is removed then.
         keep_float: keep the float layers in memory, so that ``autoq.restore`` can bring them back.
@@ -117,6 +119,7 @@ def autoquant(
         "eval_fn": eval_fn,
         "candidates": candidates,
         "cache_dir": cache_dir,
+        "profile_from": profile_from,
         "filter_fn": filter_fn,
         "n_trials": n_trials,
         "storage": storage,

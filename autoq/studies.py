@@ -10,6 +10,7 @@ import re
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,6 +185,20 @@ def pending(study: optuna.Study) -> dict[int, dict[str, Any]]:
 
     trials = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
     return {trial.number: trial.user_attrs["plan"] for trial in trials if "plan" in trial.user_attrs}
+
+
+def deadliest(study: optuna.Study, since: int) -> tuple[str, int]:
+    """The plan that most processes died with, or handed back, among trials from a number on: (its label, how many)."""
+    from optuna.trial import TrialState
+
+    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    # Without a lease the trial was a second claim of a plan: nobody began to measure it.
+    lost = [
+        one.user_attrs["plan"] for one in failed if one.number >= since and {"plan", "lease"} <= one.user_attrs.keys()
+    ]
+    counts = Counter(plan["hash"] for plan in lost)
+    worst, deaths = max(counts.items(), key=lambda item: item[1], default=("", 0))
+    return next((plan["label"] for plan in lost if plan["hash"] == worst), ""), deaths
 
 
 def is_queue_empty(study: optuna.Study) -> bool:

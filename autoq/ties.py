@@ -10,6 +10,7 @@ import torch
 from autoq.candidates import Candidate, LinearOp
 from autoq.errors import InputError
 from autoq.knapsack_problem import Problem
+from autoq.plan_names import group_name
 from autoq.scheme import NONE, Scheme
 from autoq.workload import Workload
 
@@ -153,27 +154,11 @@ def _named(names: Sequence[str], groups: Iterable[tuple[str, ...]]) -> Units:
         if len(group) == 1:
             found[layer] = group
         elif layer == group[0]:
-            name = _name(group)  # differs from other groups' in that it begins with this layer's, but not from any name
+            name = group_name(
+                group
+            )  # differs from other groups' in that it begins with this layer's, but not from any name
             while name in taken:
                 name += "+"
             found[name] = group
             taken.add(name)
     return found
-
-
-def _name(group: Sequence[str]) -> str:
-    """A group's name: the layers' names where they agree, and where they do not, all that stands there.
-
-    ``blocks.0.attn.q`` and ``blocks.0.attn.k`` are ``blocks.0.attn.q+k``; numbers are shortened to ``0-7``.
-    """
-    parts = [name.split(".") for name in group]
-    if len({len(one) for one in parts}) > 1:
-        return "+".join(group)
-    return ".".join(_listed(list(dict.fromkeys(column))) for column in zip(*parts, strict=True))
-
-
-def _listed(values: Sequence[str]) -> str:
-    numbers = [int(value) for value in values if value.isdigit()]
-    if len(numbers) == len(values) > 2 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-        return f"{numbers[0]}-{numbers[-1]}"
-    return "+".join(values)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoq import leases, studies
 from autoq.definition import Definition
+from autoq.errors import SearchError
 from autoq.knapsack import Assignment, Problem
 from autoq.proposals import Proposal, Proposer
 from autoq.search_values import Budget, Evaluate, Evaluation, PlanPoint, Progress, hopeless, promising
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # Parameters drawn in a row whose plans other workers are measuring.
 _DRAWS = 8
+# Processes that die with one plan before the others stop giving it to the next.
+_DEATHS = 5
 
 
 class _NotMine(Exception):  # noqa: N818 - no error: another worker measures the plan
@@ -53,6 +56,7 @@ class Run:
     evaluations: int = 0
     _known: studies.Evaluations = field(init=False)
     _watch: leases.Watch = field(init=False)
+    _before: int = field(init=False)  # trials that were there already
     _measured: PlanPoint | None = field(default=None, init=False)
     _failure: BaseException | None = field(default=None, init=False)
     _handed_back: tuple[Mapping[str, Any], Mapping[str, float], Mapping[str, Any]] | None = field(
@@ -62,6 +66,7 @@ class Run:
     def __post_init__(self) -> None:
         self._known = studies.Evaluations(self.storage, self.definition.fingerprint)
         self._watch = leases.Watch(self.study, self.patience)
+        self._before = len(self.study.get_trials(deepcopy=False))
 
     @property
     def problem(self) -> Problem:
@@ -77,6 +82,7 @@ class Run:
         """Measure plans until there are none left to propose and nobody measures one."""
         while True:
             self._watch.reap()
+            self._check_deaths()
             if studies.is_queue_empty(self.study):
                 others = list(studies.pending(self.study).values())
                 if not self._claim(n_trials(), others):
@@ -89,6 +95,17 @@ class Run:
                 seen = len(self.points())
                 progress(seen, max(n_trials(), seen), _describe(point))
         studies.say_state(self.study, "done")
+
+    def _check_deaths(self) -> None:
+        """Stop where a plan kills whoever measures it, rather than let it kill every worker that there is."""
+        label, deaths = studies.deadliest(self.study, self._before)
+        if deaths >= _DEATHS:
+            raise SearchError(
+                "a process that measures a plan lives to its end",
+                where=label,
+                got=f"{deaths} that died with this plan while this process was searching",
+                fix="Look whether they ran out of memory, and start again: what was measured is kept.",
+            )
 
     def points(self) -> list[PlanPoint]:
         """Every plan measured by a finished trial, once, as it was measured best; in the order they were started."""

@@ -1,5 +1,6 @@
 """What was measured before: which rows hold after a change, several processes at once, what scores depend on."""
 
+import fcntl
 import importlib.util
 import json
 import subprocess
@@ -216,6 +217,22 @@ def test_a_part_that_vanishes_while_the_folder_is_read_is_no_error(tmp_path, mon
 
     monkeypatch.setattr(tables, "read", read_slowly)
     assert [one["m"] for one in cache.rows()] == [1, 3]
+
+
+def test_a_lock_whose_folder_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    waited, wait = [], parts._wait
+
+    def removing(handle, kind, place):
+        wait(handle, kind, place)
+        if not waited:
+            place.unlink()
+        waited.append(place)
+
+    monkeypatch.setattr(parts, "_wait", removing)
+    with parts.locked(tmp_path, alone=True):
+        assert waited == [tmp_path / ".lock"] * 2
+        with (tmp_path / ".lock").open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_lock_that_is_never_given_back_is_an_error_that_names_it(tmp_path, monkeypatch):

@@ -1,8 +1,6 @@
 """Readers under random input: success or an AutoqError, whatever comes. The long mode is `make fuzz-files`."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -136,23 +134,13 @@ def test_a_workload_says_where_it_is_wrong(change, rule):
 
 
 @pytest.fixture(scope="module")
-def fuzzed(tmp_path_factory):
-    report = tmp_path_factory.mktemp("fuzz") / "report.json"
-    program = str(Path(__file__).parent / "fuzz_files.py")
-    done = subprocess.run(
-        [sys.executable, program, "--cases", str(CASES), "--json", str(report)],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-    assert report.exists(), done.stderr[-3000:]
-    return json.loads(report.read_text())
+def fuzzed(report_of):
+    return report_of(Path(__file__).with_name("fuzz_files.py"), "--cases", str(CASES))
 
 
 def test_no_change_of_bytes_or_values_gives_anything_but_success_or_an_error_of_ours(fuzzed):
     assert fuzzed.pop("faults") == []
-    assert len(fuzzed) == 11
+    assert len(fuzzed) == 12
     assert all(one["cases"] == CASES for one in fuzzed.values())
 
 

@@ -28,6 +28,7 @@ RANKS = {
         "folders",
         "opening",
         "shards",
+        "hf_settings",
     ),
     2: ("candidates", "cache", "losses", "summary", "knapsack", "shard_writing", "apply_report"),
     3: (

@@ -79,5 +79,6 @@ def test_a_definition_that_is_damaged_is_refused_by_the_study_s_name(journal):
         (json.dumps({"schema": 1}), "a study's definition is as autoq wrote it"),
     ]:
         study.set_user_attr("definition:x:0", text)
-        with pytest.raises(SearchError, match=rule):
+        with pytest.raises(SearchError, match=rule) as caught:
             definition.load(storage, "a")
+        assert caught.value.where == "a"

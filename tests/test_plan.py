@@ -623,11 +623,22 @@ PLAIN = plan_for("0.q", "0.k", "head")
 def test_rebase_finds_the_layers_under_one_prefix_more_or_less(plan, model, names):
     found = plan.rebase(model)
     assert found.layers == dict(zip(names, plan.layers.values(), strict=True))
-    assert found.units == {"qk": names[:2]}
+    assert found.units == {"qk": names[:2]}  # a name that someone chose
     shapes = plan.provenance["model"]["layers"].values()
     assert found.provenance["model"] == {"class": "Toy", "layers": dict(zip(names, shapes, strict=True))}
     assert found.provenance["measured"] == {"loss_delta": 0.5}
     assert Plan.from_json(found.to_json()) == found
+
+
+def test_rebase_renames_units_that_are_named_after_their_layers():
+    twins = {"0.k+q": ("0.k", "0.q"), "0.q+k+": ("0.q", "0.k"), "attention": ("0.q", "0.k")}
+    for unit, group in twins.items():
+        plan = replace(PLAIN, units={unit: group})
+        found = plan.rebase(under("model", blocks())).units
+        assert list(found) == ["attention" if unit == "attention" else f"model.{unit}"]
+        assert list(found.values()) == [tuple(f"model.{name}" for name in group)]
+        (there,) = replace(plan_for("model.0.q", "model.0.k", "model.head"), units=found).rebase(blocks()).units
+        assert there == unit
 
 
 def test_rebase_of_the_same_names_is_the_same_plan():

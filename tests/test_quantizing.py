@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import autoq
 from autoq import language, quantizing
 from autoq.candidates import Packed
-from autoq.errors import InputError, PlanError
+from autoq.errors import CacheError, InputError, PlanError
 from autoq.modules import QuantLinear, quantized_layers
 from autoq.pipeline import Tuning
 from autoq.profiler import isolated as isolated_module
@@ -313,3 +313,15 @@ def test_extended_rows_begin_with_the_given_ones_and_are_reproducible():
 def test_batches_that_are_no_tokens_are_refused():
     with pytest.raises(InputError, match="token rows"):
         autoq.tune(llama(), torch.randn(2, 8))
+
+
+def test_autoquant_takes_whatever_tune_takes_with_the_same_defaults():
+    own = {"plan", "accept_plan", "manual", "keep_float"}
+    assert autoq.autoquant.__kwdefaults__ == autoq.tune.__kwdefaults__ | {
+        name: autoq.autoquant.__kwdefaults__[name] for name in own
+    }
+
+
+def test_autoquant_hands_the_foreign_profile_to_the_tuning(tmp_path):
+    with pytest.raises(CacheError, match="got 'nothing-of-this-name', which is of none"):
+        autoq.autoquant(net(), torch.randn(4, 8), cache_dir=tmp_path, profile_from="nothing-of-this-name")

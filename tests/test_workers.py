@@ -254,6 +254,36 @@ def test_a_database_may_restart_while_a_plan_is_measured_and_is_named_when_it_st
         control("start")
 
 
+def test_a_plan_that_kills_whoever_measures_it_stops_the_others_too(tmp_path):
+    storage = tmp_path / "study.journal"
+    plans = []
+
+    def deaths(count):
+        (name,) = definition.published(studies.open_storage(storage))
+        study = optuna.load_study(study_name=name, storage=studies.open_storage(storage))
+        for number in range(count):
+            attributes = {"plan": plans[0], "lease": {"owner": leases.owner(), "beat": number}}
+            study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=attributes))
+
+    def run(count):
+        calls = itertools.count()
+
+        def evaluate(schemes, fidelity):
+            plans.append({"hash": "a plan's", "label": "limit 7", "assignment": []})
+            if next(calls) == 0:
+                deaths(count)
+            return synthetic.measured(synthetic.PROBLEM.assignment(schemes), fidelity)
+
+        return search(synthetic.PROBLEM, evaluate=evaluate, storage=storage, **synthetic.ARGUMENTS)
+
+    with pytest.raises(SearchError, match="limit 7: a process that measures a plan lives to its end; got 5 that died"):
+        run(5)
+    found = run(4)  # the five are of before; four are bad luck
+    assert found.points
+    trials = optuna.load_study(study_name=found.study_name, storage=studies.open_storage(storage)).get_trials()
+    assert [one.state for one in trials].count(TrialState.FAIL) == 9
+
+
 def test_a_stopped_worker_hands_its_plan_back(workers):
     patience = ["--patience", 10_000, "--place"]  # nobody waits that long, nor knows the other's machine
     stopped = workers.start("--hang-at", 3, *patience, "a machine")

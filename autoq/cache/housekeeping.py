@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from autoq import tables
-from autoq._files import leftovers
+from autoq._files import leftovers, reason_of
 from autoq.cache import sharing
 from autoq.cache.fingerprint import Fingerprint
 from autoq.cache.parts import Parts, Row, locked
@@ -32,6 +33,7 @@ from autoq.errors import CacheError
 SENSITIVITY, CALIBRATION = "sensitivity", "calibration"
 _EARLIER, _LATER = "an earlier version", "a later version"
 _VERSIONED = ("torch", "triton", "runtime", "kernels")  # threads are a setting: their rows come back with it
+Versions = Mapping[Path, str]  # folder → the other version of autoq that wrote it, or ""
 _OWN = (KEY_FILE, "baseline.json", "part-*.parquet", "verified-*.json", ".lock")  # what autoq writes in a folder
 
 
@@ -57,8 +59,12 @@ def check(cache: Path) -> tuple[int, list[Finding]]:
     Returns:
         The number of files that are sound, and the others.
     """
+    return _check(cache, _versions(cache))
+
+
+def _check(cache: Path, versions: Versions) -> tuple[int, list[Finding]]:
     sound, findings = 0, []
-    for path, read in _files(cache):
+    for path, read in _files(cache, versions):
         try:
             read(path)
         except CacheError as problem:
@@ -77,11 +83,11 @@ def _vanished(path: Path, problem: CacheError) -> bool:
     return path.name != KEY_FILE and isinstance(problem.__cause__, FileNotFoundError)
 
 
-def _files(cache: Path) -> Iterator[tuple[Path, Callable[[Path], object]]]:
+def _files(cache: Path, versions: Versions) -> Iterator[tuple[Path, Callable[[Path], object]]]:
     """Every file, with what reads it; nothing of earlier versions."""
     for folder in sharing.folders(cache):
         parts = profile_parts(folder)
-        if not _of_another_version(folder) and _is_begun(folder, parts.files()):
+        if not versions.get(folder) and _is_begun(folder, parts.files()):
             yield folder / KEY_FILE, lambda path: sharing.open_profile(path.parent)
             for path in parts.files():
                 yield path, parts.read
@@ -89,7 +95,7 @@ def _files(cache: Path) -> Iterator[tuple[Path, Callable[[Path], object]]]:
                 yield path, sharing.read_mark
     for folder in sensitivity_folders(cache):
         parts = score_parts(folder)
-        if not _of_another_version(folder) and _is_begun(folder, parts.files()):
+        if not versions.get(folder) and _is_begun(folder, parts.files()):
             yield folder / KEY_FILE, lambda path: check_scores(path.parent)
             for path in parts.files():
                 yield path, parts.read
@@ -146,32 +152,35 @@ def prune(cache: Path, devices: Sequence[Fingerprint], *, dry_run: bool = False)
     Raises:
         CacheError: if something cannot be removed.
     """
-    left = _left(cache, remove=not dry_run)
-    findings = [found for folder in _all_folders(cache) for found in _outdated(folder)]
-    findings += check(cache)[1]
+    versions = _versions(cache)
+    left = _left(cache, versions, remove=not dry_run)
+    findings = [
+        Finding(path=folder, reason=f"written by {made} of autoq", removable=made != _LATER)
+        for folder, made in versions.items()
+        if made
+    ]
+    findings += _check(cache, versions)[1]
     for finding in findings:
         if finding.removable and not dry_run:
-            _remove(finding.path)
+            folder = finding.path if finding.path.is_dir() else finding.path.parent
+            with locked(folder, alone=True) if folder in versions else nullcontext():
+                _remove(finding.path)
     findings = [Finding(path=path, reason="left by a process that was killed") for path in left] + findings
     for device in devices:
-        findings += _stale_rows(cache / sharing.LOCAL / device.device_key, device, dry_run=dry_run)
+        folder = cache / sharing.LOCAL / device.device_key
+        if folder.is_dir() and not versions.get(folder):
+            findings += _stale_rows(folder, device, dry_run=dry_run)
     return findings
 
 
-def _all_folders(cache: Path) -> list[Path]:
-    return [*sharing.folders(cache), *sensitivity_folders(cache)]
+def _versions(cache: Path) -> Versions:
+    return {folder: _of_another_version(folder) for folder in (*sharing.folders(cache), *sensitivity_folders(cache))}
 
 
-def _left(cache: Path, *, remove: bool) -> list[Path]:
+def _left(cache: Path, versions: Versions, *, remove: bool) -> list[Path]:
     """What ``write_atomic`` left where it was killed; removed under its lock."""
-    places = [one for one in (*_all_folders(cache), cache / CALIBRATION) if one.is_dir()]
-    own = [one for one in places if _of_another_version(one) != _LATER]
-    return [path for place in own for path in leftovers(place, remove=remove)]
-
-
-def _outdated(folder: Path) -> list[Finding]:
-    made = _of_another_version(folder)
-    return [Finding(path=folder, reason=f"written by {made} of autoq", removable=made != _LATER)] if made else []
+    own = [folder for folder, made in versions.items() if made != _LATER] + [cache / CALIBRATION]
+    return [path for place in own if place.is_dir() for path in leftovers(place, remove=remove)]
 
 
 def _remove(path: Path) -> None:
@@ -189,15 +198,13 @@ def _remove(path: Path) -> None:
         raise CacheError(
             "the cache must be writable",
             where=str(path),
-            got=f"{type(problem).__name__}: {problem.strerror or problem}",
+            got=reason_of(problem),
             fix="Run as the user who owns it.",
         ) from problem
 
 
 def _stale_rows(folder: Path, device: Fingerprint, *, dry_run: bool) -> list[Finding]:
     """Take rows of other software out of a profile."""
-    if not folder.is_dir() or _of_another_version(folder):
-        return []
     parts = profile_parts(folder)
     with locked(folder, alone=not dry_run):
         readable = {path: content for path in parts.files() if (content := _content(parts, path)) is not None}

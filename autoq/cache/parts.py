@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from autoq import tables
+from autoq._files import reason_of
 from autoq._parquet import MAX_ROWS
 from autoq.cache.rows import Fault
 from autoq.errors import CacheError
@@ -38,14 +39,25 @@ def locked(folder: Path, *, alone: bool) -> Iterator[None]:
         CacheError: if the lock cannot be had in a minute, or the folder cannot hold one.
     """
     place = folder / ".lock"
-    handle = _opened(place, alone=alone)
+    handle = _held(place, alone=alone)
     try:
-        if handle is not None:
-            _wait(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, place)
         yield
     finally:
         if handle is not None:
             os.close(handle)
+
+
+def _held(place: Path, *, alone: bool) -> int | None:
+    while (handle := _opened(place, alone=alone)) is not None:
+        try:
+            _wait(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, place)
+            if os.fstat(handle).st_nlink:  # else who held it removed the folder, and the lock is nobody's
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+    return None
 
 
 def _opened(place: Path, *, alone: bool) -> int | None:
@@ -82,7 +94,7 @@ def _unlockable(place: Path, problem: OSError) -> CacheError:
     return CacheError(
         "the cache's folder must be writable, on a file system with locks",
         where=str(place),
-        got=f"{type(problem).__name__}: {problem.strerror or problem}",
+        got=reason_of(problem),
         fix="Choose another folder, or free space and permissions there.",
     )
 

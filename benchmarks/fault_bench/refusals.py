@@ -98,8 +98,7 @@ def _size_limit(folder: Path, size: int) -> Iterator[Begin]:
 @contextlib.contextmanager
 def _full(folder: Path, size: int) -> Iterator[Begin]:
     """A small disk of its own, filled to the last page."""
-    _own_mounts()
-    _mount("tmpfs", folder, "tmpfs", 0, f"size={size}")
+    _small_disk(folder, size)
 
     @contextlib.contextmanager
     def begin() -> Iterator[None]:
@@ -121,8 +120,7 @@ def _full(folder: Path, size: int) -> Iterator[Begin]:
 @contextlib.contextmanager
 def _read_only(folder: Path, size: int) -> Iterator[Begin]:
     """A file system that is mounted read-only."""
-    _own_mounts()
-    _mount("tmpfs", folder, "tmpfs", 0, f"size={size}")
+    _small_disk(folder, size)
 
     @contextlib.contextmanager
     def begin() -> Iterator[None]:
@@ -166,6 +164,12 @@ MAKERS = {
     "no permission": _no_permission,
 }
 FAULTS = tuple(MAKERS)
+
+
+def _small_disk(folder: Path, size: int) -> None:
+    """A file system of its own in the place of a folder, gone with this process."""
+    _own_mounts()
+    _mount("tmpfs", folder, "tmpfs", 0, f"size={size}")
 
 
 def _own_mounts() -> None:

@@ -87,6 +87,33 @@ def test_code_for_the_tokenizer_is_never_run(folder):
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"backbone": "owner/model"},
+        {"use_timm_backbone": True},
+        {"text_config": {"backbone_config": {"use_pretrained_backbone": True}}},
+        {"_attn_implementation": "owner/kernel"},
+        {"attn_implementation": {"": "sdpa", "vision": "owner/kernel"}},
+    ],
+)
+def test_what_transformers_would_fetch_is_refused_by_name(folder, fields):
+    change(folder, "config.json", **fields)
+    with pytest.raises(InputError, match="would let transformers fetch code or weights by name") as caught:
+        loading.load_model(str(folder))
+    assert caught.value.where == str(folder / "config.json")
+    assert next(iter(fields)) in caught.value.rule
+    assert caught.value.fix.endswith("give module:function.")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"_attn_implementation": "eager"}, {"backbone": None}, {"use_timm_backbone": False}]
+)
+def test_what_is_transformers_own_is_read(folder, fields):
+    change(folder, "config.json", **fields)
+    assert type(loading.load_model(str(folder)).model).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
     "named", [["pipeline"], ["AutoTokenizer"], ["os"], ["__builtins__"], [3], "LlamaForCausalLM", []]
 )
 def test_an_architecture_is_a_model_class_or_nothing(folder, named):

@@ -3,32 +3,16 @@
 The long mode is `make faults KILLS=200`.
 """
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def run(folder, *arguments):
-    report = folder / "report.json"
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "faults.py"), *arguments, "--json", str(report)],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-    assert report.exists(), done.stderr[-3000:]
-    return json.loads(report.read_text())
+FAULTS = Path(__file__).parents[2] / "benchmarks" / "faults.py"
 
 
 @pytest.fixture(scope="module")
-def writers(tmp_path_factory):
-    found = run(tmp_path_factory.mktemp("writers"), "--only", "kills", "--kills", "30")
+def writers(report_of):
+    found = report_of(FAULTS, "--only", "kills", "--kills", "30")
     return {one["writer"]: one for one in found["kills"]}
 
 
@@ -49,8 +33,8 @@ def test_the_next_write_removes_what_a_killed_one_left(writers):
 
 
 @pytest.fixture(scope="module")
-def tunings(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("tune"), "--only", "tune", "--kills", "6")["tune"]
+def tunings(report_of):
+    return report_of(FAULTS, "--only", "tune", "--kills", "6")["tune"]
 
 
 def test_a_killed_tuning_goes_on_where_it_was(tunings):

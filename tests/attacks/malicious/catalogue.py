@@ -43,6 +43,8 @@ _JSON_FILES = (
     ("checkpoint", "checkpoint/autoq.json", False),
     ("checkpoint", "checkpoint/plan.json", True),
     ("sharded checkpoint", "checkpoint/model.safetensors.index.json", True),
+    ("transformers checkpoint", "checkpoint/config.json", True),
+    ("transformers checkpoint", "checkpoint/generation_config.json", True),
 )
 _PARQUET_FILES = (
     ("table", "table.parquet"),

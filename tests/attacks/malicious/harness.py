@@ -18,8 +18,8 @@ def outcome(reader: Reader, folder: Path) -> dict[str, Any]:
     """Read a folder in a forked process.
 
     Returns:
-        ``how``: ``read``, the class of an AutoqError, or what else happened; ``message``; ``peak_bytes``: by which the
-        memory grew at most; ``owned``: whether code from a file ran.
+        ``how``: ``read``, the class of an AutoqError, or what else happened; ``message``, and of it ``where`` and
+        ``fix``; ``peak_bytes``: by which the memory grew at most; ``owned``: whether code from a file ran.
     """
     child = processes.Child(lambda say: attempt(reader, folder))
     limit_hit = child.wait(PATIENCE_S)
@@ -36,14 +36,20 @@ def attempt(reader: Reader, folder: Path) -> dict[str, Any]:
     before = _memory("VmRSS")
     resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + MEMORY_BYTES, resource.RLIM_INFINITY))
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    how, message = "read", ""
+    how, message, where, fix = "read", "", "", ""
     try:
         reader.read(folder)
     except AutoqError as problem:
-        how, message = type(problem).__name__, str(problem)
+        how, message, where, fix = type(problem).__name__, str(problem), problem.where, problem.fix
     except BaseException as problem:
         how, message = f"not an AutoqError: {type(problem).__name__}", str(problem)
-    return {"how": how, "message": message[:2000], "peak_bytes": max(0, _memory("VmHWM") - before)}
+    return {
+        "how": how,
+        "message": message[:2000],
+        "where": where,
+        "fix": fix,
+        "peak_bytes": max(0, _memory("VmHWM") - before),
+    }
 
 
 def _memory(name: str) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from fault_bench import writers
 
 import autoq
@@ -15,6 +16,8 @@ from autoq import tables
 from autoq.cache import Fingerprint, ProfileCache, SensitivityCache, housekeeping, sharing
 from autoq.plan import Plan
 from autoq.workload import Workload
+
+transformers.LlamaForCausalLM  # noqa: B018 - imported here, so that the processes that read need not
 
 PIECE_BYTES = 1 << 24
 
@@ -75,6 +78,19 @@ def _make_shards(folder: Path) -> None:
     autoq.save_quantized(writers.quantized(1), folder / "checkpoint", max_shard_bytes=8192)
 
 
+def _make_hugging_face(folder: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64, max_position_embeddings=64)
+    model = transformers.LlamaForCausalLM(config)
+    autoq.apply(model, Plan(layers={"model.layers.0.mlp.up_proj": "int4wo-hqq(group_size=32)"}))
+    autoq.save_quantized(model, folder / "checkpoint")
+
+
+def _run_hugging_face(folder: Path) -> None:
+    autoq.hf.load(folder / "checkpoint")(torch.ones(1, 3, dtype=torch.long))
+
+
 READERS = {
     "plan": Reader(
         make=lambda folder: writers.plan(1).save(folder / "plan.json"),
@@ -118,6 +134,13 @@ READERS = {
     "sharded checkpoint": Reader(
         make=_make_shards,
         read=_run_checkpoint,
+        errors=("CheckpointError", "PlanError", "CandidateError"),
+        sealed="checkpoint",
+        files=("checkpoint/*",),
+    ),
+    "transformers checkpoint": Reader(
+        make=_make_hugging_face,
+        read=_run_hugging_face,
         errors=("CheckpointError", "PlanError", "CandidateError"),
         sealed="checkpoint",
         files=("checkpoint/*",),
