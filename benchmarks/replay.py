@@ -6,7 +6,8 @@ Each row is the median of three processes of its own. Time and peak memory start
 kernels are loaded; peak memory is VmHWM reset then, less what was resident. The files are in the page cache: they were
 just written, so this is what the programs cost, not the disk.
 
-model and plan      the float model read (GGUF, dequantized), every layer packed, the plan applied
+GGUF and plan       the float model read from its GGUF file and dequantized, every layer packed, the plan applied
+folder and plan     the same from a Hugging Face folder (bfloat16, safetensors)
 checkpoint          autoq.load_quantized, or autoq.hf.load, with all hashes checked
 safetensors, read   load_file(backend="pread") of the same files: the tensors' bytes are in memory afterwards
 safetensors, mapped load_file of the same files and a copy of every tensor: what a model does that keeps them
@@ -38,6 +39,8 @@ from autoq.candidates.base import load_kernels
 
 REPEATS = 3
 SIDE = 4096
+REPLAYS = ("GGUF and plan", "folder and plan")
+FLOAT = "float"  # beside a checkpoint's folder: the model it was made of
 WAYS = ("checkpoint", "safetensors, read", "safetensors, mapped", "safetensors, lazy")
 
 
@@ -84,6 +87,8 @@ def save_model(name: str, plan: Path | None, folder: Path) -> None:
     from autoq import loading
 
     loaded = loading.load_model(name)
+    loaded.model.save_pretrained(folder.with_name(FLOAT))
+    loaded.tokenizer.save_pretrained(folder.with_name(FLOAT))
     autoq.apply(loaded.model, wanted_plan(loaded.model, plan))
     autoq.save_quantized(loaded.model, folder)
 
@@ -140,8 +145,9 @@ def child(options: argparse.Namespace) -> None:
         import transformers
 
         transformers.AutoModelForCausalLM, transformers.AutoTokenizer, transformers.LlamaForCausalLM  # noqa: B018
-    if options.child == "model and plan":
-        found = measured(lambda: replay(options.model, options.plan))
+    if options.child in REPLAYS:
+        source = options.model if options.child == REPLAYS[0] else str(options.folder.with_name(FLOAT))
+        found = measured(lambda: replay(source, options.plan))
     else:
         found = measured(lambda: load(options.child, options.folder, options.layers))
     print(json.dumps([*found, tensor_bytes(options.folder)]))
@@ -191,7 +197,7 @@ def main() -> int:
         for model, count in ((options.model, 0), *([(f"{layers} layers", layers)] if layers else [])):
             folder = Path(scratch) / f"model-{count}"
             in_a_child("save", folder, count, options)
-            for way in WAYS if count else ("model and plan", *WAYS):
+            for way in WAYS if count else (*REPLAYS, *WAYS):
                 one = row(model, way, folder, count, options)
                 rows.append(one)
                 peak, size = one.peak_bytes / 1e6, one.tensor_bytes / 1e6
