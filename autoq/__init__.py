@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from autoq.applying import ApplyReport, apply, plan_of, restore
     from autoq.checkpoint import load_quantized, save_quantized
     from autoq.errors import AutoqError
+    from autoq.experts import split_experts
+    from autoq.explaining import Explanation, explain
     from autoq.losses import perplexity
     from autoq.pipeline import record, tune
     from autoq.plan import Plan
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ApplyReport": "applying",
     "AutoqError": "errors",
+    "Explanation": "explaining",
     "Measured": "quantizing",
     "Phase": "workload",
     "Plan": "plan",
@@ -38,6 +41,7 @@ _HOMES = {
     "Workload": "workload",
     "apply": "applying",
     "autoquant": "quantizing",
+    "explain": "explaining",
     "load_quantized": "checkpoint",
     "measure": "quantizing",
     "perplexity": "losses",
@@ -46,12 +50,14 @@ _HOMES = {
     "remeasure": "remeasuring",
     "restore": "applying",
     "save_quantized": "checkpoint",
+    "split_experts": "experts",
     "tune": "pipeline",
 }
 
 __all__ = [
     "ApplyReport",
     "AutoqError",
+    "Explanation",
     "Measured",
     "Phase",
     "Plan",
@@ -61,6 +67,7 @@ __all__ = [
     "apply",
     "autoquant",
     "candidates",
+    "explain",
     "hf",
     "load_quantized",
     "measure",
@@ -70,6 +77,7 @@ __all__ = [
     "remeasure",
     "restore",
     "save_quantized",
+    "split_experts",
     "tune",
 ]
 

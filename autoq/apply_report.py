@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from autoq.scheme import Scheme
@@ -24,6 +24,32 @@ class SkippedLayer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OtherWeight:
+    """A weight that no plan can quantize.
+
+    Attributes:
+        name: the parameter's qualified name.
+        kind: what it is, such as ``experts (3-D parameters)`` or ``linear layers: its weight is float64``.
+        size_bytes: of its data.
+        share: ``size_bytes`` over the bytes of all the model's parameters, each storage counted once; 0 to 1.
+    """
+
+    name: str
+    kind: str
+    size_bytes: int
+    share: float
+
+
+def by_kind(weights: Iterable[OtherWeight]) -> dict[str, tuple[int, int, float]]:
+    """Kind → how many weights, their bytes, and their share of the model's bytes; the largest share first."""
+    found: dict[str, tuple[int, int, float]] = {}
+    for one in weights:
+        count, size, share = found.get(one.kind, (0, 0, 0.0))
+        found[one.kind] = (count + 1, size + one.size_bytes, share + one.share)
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyReport:
     """What ``apply`` did.
 
@@ -36,6 +62,8 @@ class ApplyReport:
         stale: what the plan says of times and does not hold here, in sentences: measured on another device, with other
             threads, software or kernels.
         slow: schemes of the plan that have no kernel here, in sentences: their layers dequantize at every call.
+        others: weights that no plan can quantize (experts, convolutions, …), with their share of the float model's
+            bytes; embeddings are not among them.
     """
 
     applied: Mapping[str, Scheme]
@@ -45,6 +73,7 @@ class ApplyReport:
     missing: tuple[str, ...]
     stale: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
+    others: tuple[OtherWeight, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.applied)} layers quantized"]
@@ -55,6 +84,10 @@ class ApplyReport:
         lines += [f"left alone: {one.name} ({one.scheme}): {one.reason}" for one in self.skipped]
         lines += [f"not in the model: {name}" for name in self.unmatched]
         lines += [f"not in the plan: {name}" for name in self.missing]
+        lines += [
+            f"as they are: {kind}, {share:.1%} of the model's bytes ({count} weight{'s' * (count > 1)})"
+            for kind, (count, _, share) in by_kind(self.others).items()
+        ]
         return "\n".join(lines)
 
     @property

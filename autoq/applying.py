@@ -14,7 +14,10 @@ from autoq.candidates import Candidate, Packed
 from autoq.device_check import stale_figures
 from autoq.errors import CandidateError, ModelError
 from autoq.fitting import Layer, fit
+from autoq.hf_marks import mark
+from autoq.linear_layers import bias_of, weight_of
 from autoq.modules import QuantLinear, quantized_layers, replace_modules, unwrap
+from autoq.other_weights import other_weights
 from autoq.plan import Plan
 from autoq.scheme import NONE, Scheme
 
@@ -36,7 +39,7 @@ def apply(
 
     All weights are packed before the first layer is replaced: after an error the model is as it was. Layers planned as
     ``none`` keep their weight: in autoq's kernels where those are faster (bfloat16 and float16 on the CPU; it is no
-    parameter then), and as the ``nn.Linear`` they are elsewhere. A plan without layers leaves the model alone. A model
+    parameter then), and as the layer they are elsewhere. A plan without layers leaves the model alone. A model
     that is quantized already can change its plan if it kept its float weights, or where the scheme stays the same.
     Parameters tied to a packed weight (an embedding) keep theirs.
 
@@ -51,8 +54,9 @@ def apply(
         progress: called with ("apply", layer, layers packed, layers to pack).
 
     Returns:
-        What was applied, left alone, not found and not planned, by name; which of the plan's figures are stale on this
-        device, and which of its schemes are slow there. The slow ones are logged before anything is packed.
+        What was applied, left alone, not found and not planned, by name; which weights no plan can quantize; which of
+        the plan's figures are stale on this device, and which of its schemes are slow there. The slow ones are logged
+        before anything is packed.
 
     Raises:
         PlanError: if no layer of the plan is in the model, or anything was left out and ``strict`` is set.
@@ -61,11 +65,13 @@ def apply(
     """
     found = fit(model, plan, strict=strict)
     stale = stale_figures(plan, found.chosen[0][0].device) if found.chosen else ()
+    others = other_weights(model)
     with torch.inference_mode(False), torch.no_grad():
         weights = _pack(found.chosen, packed or {}, progress)
         _install(model, found.chosen, weights, keep_float)
     carried = {layer.name: candidate.scheme for layer, candidate in found.chosen}
     _remember(model, _changed(plan, {name: carried.get(name, NONE) for name in found.wanted}))
+    mark(model)
     return ApplyReport(
         applied={name: scheme for name, scheme in carried.items() if scheme != NONE},
         unquantized=tuple(name for name in quantized_layers(model) if carried.get(name) == NONE),
@@ -74,6 +80,7 @@ def apply(
         missing=found.missing,
         stale=stale,
         slow=found.slow,
+        others=others,
     )
 
 
@@ -112,19 +119,20 @@ def restore(model: nn.Module) -> int:
             fix="Apply the plan with keep_float=True, or load the float model again.",
         )
     replace_modules(model, {layer: _float_layer(layer) for layer in layers.values()})
+    mark(model)
     return len(layers)
 
 
 def _pack(
     chosen: Sequence[tuple[Layer, Candidate]], known: Mapping[str, Packed], progress: Progress | None
 ) -> dict[str, Packed]:
-    """The packed weights of all layers that change, but for those that become ``nn.Linear``."""
+    """The packed weights of all layers that change, but for those that become float layers."""
     weights: dict[str, Packed] = {}
     todo = [(layer, candidate) for layer, candidate in chosen if _changes(layer, candidate)]
     for count, (layer, candidate) in enumerate(todo):
         if progress is not None:
             progress("apply", layer.name, count, len(todo))
-        shape = (layer.module.out_features, layer.module.in_features)
+        shape = layer.size
         if _is_left_alone(layer, candidate):
             _float_weight(layer)
         elif layer.name not in known:
@@ -146,11 +154,11 @@ def _float_weight(layer: Layer) -> Tensor:
             got="a layer that did not keep it",
             fix="Apply plans with keep_float=True, or load the float model again.",
         )
-    return layer.original.weight
+    return weight_of(layer.original)
 
 
 def _is_left_alone(layer: Layer, candidate: Candidate) -> bool:
-    """Whether the layer is an ``nn.Linear`` under the scheme."""
+    """Whether the layer is a float layer under the scheme."""
     unplanned = candidate.scheme == NONE and layer.reason is not None
     return unplanned or candidate.leaves_alone(layer.dtype, layer.device)
 
@@ -177,19 +185,20 @@ def _install(
             elif _changes(layer, candidate):
                 changes[module] = _float_layer(module)
         elif layer.name in weights:
+            n, k = layer.size
             changes[module] = QuantLinear(
                 candidate,
                 weights[layer.name],
-                module.bias,
-                module.in_features,
-                module.out_features,
-                dtype=module.weight.dtype,
+                bias_of(module),
+                k,
+                n,
+                dtype=layer.dtype,
                 original=module if keep_float else None,
             )
     replace_modules(model, changes)
 
 
-def _float_layer(layer: QuantLinear) -> nn.Linear:
+def _float_layer(layer: QuantLinear) -> nn.Module:
     original = layer.original
     if original is None:
         raise ModelError("the layer kept its float weight", fix="Apply the plan with keep_float=True.")

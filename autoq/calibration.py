@@ -14,6 +14,7 @@ from torch import nn
 from autoq._files import write_atomic
 from autoq.cache.store import read_calibration
 from autoq.errors import CacheError
+from autoq.identity import function_hash
 from autoq.plan import Plan
 from autoq.profiler import EndToEnd, LatencyModel, Timing, fit_latency
 from autoq.profiler.end_to_end import UNQUANTIZED
@@ -99,7 +100,7 @@ def calibrate(
         "plans": {label: Plan(layers=plan).hash for label, plan in plans.items()},
         "none": "stock" if none_is_stock else "own kernels",
         "phases": sorted((call.phase, call.layer, call.m, call.count) for call in workload.calls),
-        "compile": sorted(map(str, timer.compile_arguments.items())),
+        "compile": compile_key(timer.compile_arguments),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     place = folder / "calibration" / f"{name}.json"
@@ -113,6 +114,13 @@ def calibrate(
         text = json.dumps({"key": key, "times_us": times}, indent=1) + "\n"
         write_atomic(place, lambda temporary: temporary.write_text(text), CacheError)
     return fit_latency(workload, isolated, [(plans[label], times[label]) for label in times])
+
+
+def compile_key(arguments: Mapping[str, Any]) -> list[list[str]]:
+    """What ``torch.compile``'s arguments are, the same in every process: a backend counts by its code and settings."""
+    found = {name: [function_hash(one) if callable(one) else repr(one)] for name, one in arguments.items()}
+    settings = getattr(arguments.get("backend"), "config", {})  # of inductor: what its modes and options are
+    return sorted([name, *one] for name, one in found.items()) + sorted([key, repr(v)] for key, v in settings.items())
 
 
 def _uniform(

@@ -27,12 +27,13 @@ from autoq.checkpoint_files import (
 )
 from autoq.errors import CheckpointError
 from autoq.folders import new_folder, resolved
-from autoq.installing import holdings, install, skeleton
-from autoq.modules import QuantLinear, quantized_layers, unwrap
+from autoq.hf_marks import mark
+from autoq.installing import install, skeleton
+from autoq.modules import quantized_layers, unwrap
 from autoq.opening import printable
-from autoq.plan import Plan
 from autoq.plan_text import text_of
-from autoq.shard_writing import groups_of, why_not_stored, write_files, write_text
+from autoq.shard_writing import groups_of, write_files, write_text
+from autoq.stored import CONFIG_KEY, config_entry, note_in_files, stored_layers, stored_plan, stored_tensors
 
 _log = logging.getLogger(__name__)
 MAX_SHARD_BYTES = 4 << 30
@@ -63,7 +64,7 @@ def save_quantized(
             cannot be stored, or there would be more than a checkpoint holds.
     """
     root = unwrap(model)
-    tensors, tied = _tensors(root)
+    tensors, tied = stored_tensors(root)
     _check_count(tensors, max_shard_bytes)
     try:
         target = resolved(directory)
@@ -72,9 +73,15 @@ def save_quantized(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             _carry(target, folder)
-            files = _write_texts(root, folder) | write_files(folder, tensors, max_shard_bytes)
-            layers = {name: _describe(layer) for name, layer in quantized_layers(root).items()}
-            fields = {"autoq": version("autoq"), "layers": layers, "tied": tied, "files": dict(sorted(files.items()))}
+            files = _write_texts(root, folder)
+            note = note_in_files(root, tied) if CONFIG in files else ""
+            files |= write_files(folder, tensors, max_shard_bytes, note)
+            fields = {
+                "autoq": version("autoq"),
+                "layers": stored_layers(root),
+                "tied": tied,
+                "files": dict(sorted(files.items())),
+            }
             write_manifest(folder / MANIFEST, fields)
             check_readable(folder, target)
     except OSError as problem:
@@ -108,35 +115,32 @@ def load_quantized(model_or_factory: nn.Module | Callable[[], nn.Module], direct
     with opened(Path(directory)) as checkpoint:
         if isinstance(model_or_factory, nn.Module):
             install(model_or_factory, checkpoint)
+            mark(model_or_factory)
             return model_or_factory
         model = skeleton(model_or_factory)
         if model is None:
             _log.warning("the model cannot be built without values: its float weights are allocated, then replaced")
             model = model_or_factory()
         install(model, checkpoint)
+        mark(model)
         return model.eval()
 
 
 def _write_texts(root: nn.Module, folder: Path) -> dict[str, dict[str, Any]]:
     """Write the plan and the model's configurations; file name → identity."""
-    texts = {PLAN: text_of(_plan(root).to_json()) + "\n"}
+    texts = {PLAN: text_of(stored_plan(root).to_json()) + "\n"}
     for name, attribute in ((CONFIG, "config"), (GENERATION, "generation_config")):
         to_json = getattr(getattr(root, attribute, None), "to_json_string", None)
         if callable(to_json):
             texts[name] = str(to_json())
     if CONFIG in texts:
         # As transformers' own save_pretrained does, so that the folder says what to build.
-        texts[CONFIG] = (
-            json.dumps(json.loads(texts[CONFIG]) | {"architectures": [type(root).__name__]}, indent=2) + "\n"
-        )
+        more = {"architectures": [type(root).__name__], "dtype": str(root.dtype).removeprefix("torch.")}
+        config = {key: one for key, one in json.loads(texts[CONFIG]).items() if key != CONFIG_KEY} | more
+        if quantized_layers(root):
+            config[CONFIG_KEY] = config_entry()
+        texts[CONFIG] = json.dumps(config, indent=2) + "\n"
     return {name: write_text(folder / name, text) for name, text in texts.items()}
-
-
-def _plan(root: nn.Module) -> Plan:
-    text = next((layer.plan_json for layer in quantized_layers(root).values() if layer.plan_json), None)
-    if text is not None:
-        return Plan.from_json(json.loads(text))
-    return Plan(layers={name: layer.candidate.scheme for name, layer in quantized_layers(root).items()})
 
 
 def _carry(old: Path, new: Path) -> None:
@@ -148,48 +152,6 @@ def _carry(old: Path, new: Path) -> None:
             shutil.copytree(path, new / path.name, symlinks=True)
         else:
             shutil.copy2(path, new / path.name, follow_symlinks=False)
-
-
-def _describe(layer: QuantLinear) -> dict[str, Any]:
-    return {
-        "in_features": layer.in_features,
-        "out_features": layer.out_features,
-        "bias": layer.bias is not None,
-        "dtype": str(layer.dtype).removeprefix("torch."),
-    }
-
-
-def _tensors(root: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Everything to store by name, and name → stored name of what is tied to something stored."""
-    for name, module in root.named_modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise CheckpointError(
-                "all of a model's state is in tensors",
-                where=name,
-                got="a module with extra state",
-                fix="Keep the state in buffers.",
-            )
-    tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    places: dict[tuple[Any, ...], str] = {}
-    for name, (_, _, tensor) in holdings(root).items():
-        reason = why_not_stored(tensor)
-        if reason is not None:
-            raise CheckpointError(
-                "every tensor has values that safetensors can hold",
-                where=name,
-                got=reason,
-                fix="Make it a plain tensor with values, or remove it.",
-            )
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        first = places.setdefault(place, name) if tensor.numel() else name
-        if first != name:
-            tied[name] = first
-        else:
-            tensors[name] = tensor.detach()
-    for name, layer in quantized_layers(root).items():
-        tensors |= {f"{name}.{section}": one for section, one in layer.sections().items()}
-    return tensors, tied
 
 
 def _check_count(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from autoq.shards import (
     read_header,
 )
 
-SCHEMA = 2
+SCHEMA = 3
 FORMAT = "autoq-checkpoint"
 MANIFEST = "autoq.json"
 PLAN = "plan.json"
@@ -55,7 +55,7 @@ class Checkpoint:
         layers: quantized layer → its shape, bias and dtype, as the manifest says.
         tied: tensor name → name of the stored tensor that it is.
         texts: name of a small file → its bytes.
-        files: the tensor files with what they must hash to.
+        files: the tensor files with what they must hash to, where that is known.
         forms: tensor name → shape and dtype, of all files.
     """
 
@@ -63,7 +63,7 @@ class Checkpoint:
     layers: Mapping[str, Any]
     tied: Mapping[str, str]
     texts: Mapping[str, bytes]
-    files: tuple[tuple[TensorFile, Hashes], ...]
+    files: tuple[tuple[TensorFile, Hashes | None], ...]
     forms: Mapping[str, Form]
 
     def json(self, name: str) -> Any:
@@ -81,7 +81,7 @@ class Checkpoint:
         try:
             read_files(self.files, targets, torch.get_num_threads())
         except OSError as problem:
-            raise _unreadable(self.folder, problem) from problem
+            raise unreadable(self.folder, problem) from problem
 
 
 def is_own(name: str) -> bool:
@@ -109,12 +109,12 @@ def opened(folder: Path) -> Iterator[Checkpoint]:
     Raises:
         CheckpointError: if a file is missing, cut, changed, no regular file or not understood.
     """
-    with _told_where(folder), ExitStack() as stack:
+    with told_where(folder), ExitStack() as stack:
         try:
             recover(resolved(folder))
             checkpoint = _opened(folder, stack)
         except OSError as problem:
-            raise _unreadable(folder, problem) from problem
+            raise unreadable(folder, problem) from problem
         yield checkpoint
 
 
@@ -141,7 +141,7 @@ def check_readable(folder: Path, name: Path) -> None:
 
 
 @contextmanager
-def _told_where(folder: Path) -> Iterator[None]:
+def told_where(folder: Path) -> Iterator[None]:
     """Every refusal names the folder, and says what to do."""
     try:
         yield
@@ -189,28 +189,49 @@ def _manifest(folder: Path, opener: Opener) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f'"format" is "{FORMAT}"', where=str(path))
     schema = manifest.get("schema")
-    if schema not in (1, SCHEMA) or isinstance(schema, bool):
+    check_schema(schema, path)
+    own = manifest.pop("sha256", None)
+    if schema != 1 and own != _own_hash(manifest):
+        raise changed(path, "other content (the hash differs)")
+    if set(manifest) != _FIELDS:
+        raise CheckpointError(
+            f"the manifest has {', '.join(sorted(_FIELDS))}", where=str(path), got=shown(sorted(manifest))
+        )
+    check_maps(manifest, ("layers", "tied", "files"), path)
+    _check_names(set(manifest["files"]), path)
+    return manifest
+
+
+def check_schema(schema: Any, path: Path) -> None:
+    """Refuse a schema that this version does not read."""
+    if schema not in range(1, SCHEMA + 1) or isinstance(schema, bool):
         raise CheckpointError(
             f"this autoq reads checkpoints up to schema {SCHEMA}",
             where=str(path),
             got=shown(schema),
             fix="Upgrade autoq.",
         )
-    own = manifest.pop("sha256", None)
-    if schema == SCHEMA and own != _own_hash(manifest):
-        raise changed(path, "other content (the hash differs)")
-    if set(manifest) != _FIELDS:
-        raise CheckpointError(
-            f"the manifest has {', '.join(sorted(_FIELDS))}", where=str(path), got=shown(sorted(manifest))
-        )
-    for name in ("layers", "tied", "files"):
-        if not isinstance(manifest[name], dict):
-            raise CheckpointError(f"$.{name} is an object", where=str(path), got=type(manifest[name]).__name__)
-    for name, source in manifest["tied"].items():
+
+
+def check_maps(value: Mapping[str, Any], names: Sequence[str], path: Path) -> None:
+    """Refuse what is no object in a manifest, and tied tensors without a name."""
+    for name in names:
+        if not isinstance(value[name], dict):
+            raise CheckpointError(f"$.{name} is an object", where=str(path), got=type(value[name]).__name__)
+    for name, source in value["tied"].items():
         if not isinstance(source, str):
             raise CheckpointError(f"$.tied[{json.dumps(name)}] is a name", where=str(path), got=shown(source))
-    _check_names(set(manifest["files"]), path)
-    return manifest
+
+
+def forms_of(files: Sequence[TensorFile]) -> dict[str, Form]:
+    """Tensor name → its form, of all files."""
+    forms: dict[str, Form] = {}
+    for file in files:
+        twice = sorted(forms.keys() & file.forms.keys())
+        if twice:
+            raise CheckpointError("a tensor is in one file", where=str(file.path), got=shown(twice[0]))
+        forms |= file.forms
+    return forms
 
 
 def _check_names(names: set[str], path: Path) -> None:
@@ -229,8 +250,7 @@ def _check_names(names: set[str], path: Path) -> None:
 
 def _checkpoint(folder: Path, manifest: Mapping[str, Any], opener: Opener) -> Checkpoint:
     texts: dict[str, bytes] = {}
-    files: list[tuple[TensorFile, Hashes]] = []
-    forms: dict[str, Form] = {}
+    files: list[tuple[TensorFile, Hashes | None]] = []
     places: dict[str, str] = {}
     limit = MAX_HEADER_BYTES
     for name, identity in sorted(manifest["files"].items()):
@@ -245,11 +265,7 @@ def _checkpoint(folder: Path, manifest: Mapping[str, Any], opener: Opener) -> Ch
         _check_size(found, size, path)
         file = read_header(path, handle, limit)
         limit -= len(file.head)
-        twice = sorted(forms.keys() & file.forms.keys())
-        if twice:
-            raise CheckpointError("a tensor is in one file", where=str(path), got=shown(twice[0]))
         files.append((file, hashes))
-        forms |= file.forms
         places |= dict.fromkeys(file.forms, name)
     checkpoint = Checkpoint(
         folder=folder,
@@ -257,7 +273,7 @@ def _checkpoint(folder: Path, manifest: Mapping[str, Any], opener: Opener) -> Ch
         tied=manifest["tied"],
         texts=texts,
         files=tuple(files),
-        forms=forms,
+        forms=forms_of([file for file, _ in files]),
     )
     index = checkpoint.json(INDEX)
     if INDEX in texts and (not isinstance(index, dict) or index.get("weight_map") != places):
@@ -287,7 +303,8 @@ def _own_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _unreadable(folder: Path, problem: OSError) -> CheckpointError:
+def unreadable(folder: Path, problem: OSError) -> CheckpointError:
+    """The error for files that the operating system does not give."""
     return CheckpointError(
         f"a quantized checkpoint is a folder with {MANIFEST}, readable",
         where=printable(folder),

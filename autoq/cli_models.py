@@ -9,9 +9,12 @@ import click
 
 from autoq.cli_options import Command
 
+MODEL = click.Path()  # not only a path; shells complete it as one
+PLAN = click.Path(path_type=Path)
+
 if TYPE_CHECKING:
     from autoq.loading import Loaded
-    from autoq.terminal import Progress
+    from autoq.progress_bars import Progress
 
 
 def text_option(command: Command) -> Command:
@@ -35,25 +38,42 @@ def shown_progress() -> Progress:
     """Progress on stderr."""
     from rich.console import Console
 
-    from autoq.terminal import Progress
+    from autoq.progress_bars import Progress
 
     return Progress(Console(stderr=True))
 
 
-def loaded_model(name: str, progress: Progress) -> Loaded:
-    """The model of a verb's argument MODEL."""
-    from autoq.loading import load_model
+def loaded_model(name: str, progress: Progress, *, quantized: bool = False) -> Loaded:
+    """The model of a verb's argument MODEL.
+
+    Args:
+        name: the argument.
+        progress: is told.
+        quantized: whether a folder that ``apply`` wrote will do as well.
+    """
+    from autoq.loading import is_checkpoint, load_model
 
     progress("load", name, 0, 1)
-    loaded = load_model(name)
+    loaded = _checkpoint(name) if quantized and is_checkpoint(name) else load_model(name)
     progress("load", name, 1, 1)
     return loaded
 
 
-def prepared(name: str, text: Path | None, rows: int, progress: Progress) -> tuple[Loaded, Any, str]:
-    """The model, its batches, and what they are."""
+def _checkpoint(name: str) -> Loaded:
+    from autoq import hf
+    from autoq.loading import Loaded, tokenizer_of
+
+    model = hf.load(name)
+    source = f"{name} ({type(model).__name__}, quantized)"
+    return Loaded(model=model, tokenizer=tokenizer_of(Path(name)), source=source)
+
+
+def prepared(
+    name: str, text: Path | None, rows: int, progress: Progress, *, quantized: bool = False
+) -> tuple[Loaded, Any, str]:
+    """The model, its batches, and what they are; ``quantized`` as in ``loaded_model``."""
     from autoq.loading import inputs
 
-    loaded = loaded_model(name, progress)
+    loaded = loaded_model(name, progress, quantized=quantized)
     batches, source = inputs(loaded, text, rows=rows)
     return loaded, batches, source

@@ -1,15 +1,15 @@
-"""The verbs of the command line that take a plan: apply, show, diff and bench."""
+"""The verbs of the command line that take a plan and measure no loss: apply, show and diff."""
 
 from __future__ import annotations
 
-import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from autoq.cli_models import loaded_model, prepared, rows_option, shown_progress, text_option
-from autoq.cli_options import example, json_option, print_json, print_table
+from autoq.cli_models import MODEL, PLAN, loaded_model, prepared, shown_progress
+from autoq.cli_options import check_writable, example, json_option, print_json, print_table, stopping
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog=example("autoq apply smollm2 out/plan.json --output smollm2-quantized"))
-@click.argument("model")
-@click.argument("plan", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
+@click.argument("plan", type=PLAN)
 @click.option("--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder to make.")
 @click.option("--strict", is_flag=True, help="Refuse a plan that does not fit the model and the device exactly.")
 @click.option("--rebase", is_flag=True, help="Accept layers whose names have one prefix more or less in MODEL.")
@@ -47,7 +47,7 @@ def apply(
 
     Nothing is measured but the times that --remeasure asks for.
 
-    MODEL is a Hugging Face folder, a .gguf file, module:function or smollm2.
+    MODEL is a Hugging Face folder or name, a .gguf file, module:function or smollm2.
     """
     from autoq import remeasuring
     from autoq.applying import apply as apply_plan
@@ -57,8 +57,8 @@ def apply(
     if text is not None and not remeasure:
         raise click.UsageError("--text is the text to time on: it goes with --remeasure.")
     wanted = Plan.load(plan)
-    _check_writable(output)
-    with shown_progress() as progress:
+    check_writable(output)
+    with stopping("Nothing was written."), shown_progress() as progress:
         if remeasure:
             loaded, batches, _ = prepared(model, text, 2, progress)
         else:
@@ -81,6 +81,7 @@ def apply(
                 "missing": list(report.missing),
                 "stale": list(report.stale),
                 "slow": list(report.slow),
+                "others": [asdict(one) for one in report.others],
             }
         )
         return
@@ -89,7 +90,7 @@ def apply(
 
 
 @click.command(epilog=example("autoq show out/plan.json --layers"))
-@click.argument("plan", type=click.Path(path_type=Path))
+@click.argument("plan", type=PLAN)
 @click.option("--layers", is_flag=True, help="List every layer with its scheme.")
 @json_option
 def show(*, plan: Path, layers: bool, as_json: bool) -> None:
@@ -109,8 +110,8 @@ def show(*, plan: Path, layers: bool, as_json: bool) -> None:
 
 
 @click.command(epilog=example("autoq diff out/plan.json other/plan.json"))
-@click.argument("plan", type=click.Path(path_type=Path))
-@click.argument("other", type=click.Path(path_type=Path))
+@click.argument("plan", type=PLAN)
+@click.argument("other", type=PLAN)
 @click.option("--layers", is_flag=True, help="List every layer and every kernel that differs.")
 @json_option
 def diff(*, plan: Path, other: Path, layers: bool, as_json: bool) -> None:
@@ -131,65 +132,6 @@ def diff(*, plan: Path, other: Path, layers: bool, as_json: bool) -> None:
         return
     for table in terminal.differences(found, names=(str(plan), str(other)), layers=layers):
         print_table(table)
-
-
-@click.command(epilog=example("autoq bench smollm2 out/plan.json --text test.txt --output here.json"))
-@click.argument("model")
-@click.argument("plan", type=click.Path(path_type=Path))
-@text_option
-@rows_option
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan with the new figures.")
-@json_option
-def bench(*, model: str, plan: Path, text: Path | None, rows: int, output: Path | None, as_json: bool) -> None:
-    """Measure MODEL under PLAN end to end, compiled.
-
-    Loss and time, interleaved with the unquantized model.
-
-    MODEL is a Hugging Face folder, a .gguf file, module:function or smollm2.
-    """
-    from autoq import terminal
-    from autoq.modules import device_of
-    from autoq.plan import Plan
-    from autoq.quantizing import measure
-    from autoq.remeasuring import check_phases, measured_plan, own_phases
-
-    wanted = Plan.load(plan)
-    if output is not None:
-        _check_writable(output)
-    with shown_progress() as progress:
-        loaded, batches, source = prepared(model, text, rows, progress)
-        phases = own_phases(loaded.model, batches)
-        if output is not None:
-            check_phases(wanted, phases)
-        progress("measure", "compiling and timing", 0, 1)
-        measured = measure(loaded.model, wanted, batches, phases=phases)
-        progress("measure", "", 1, 1)
-    found = measured_plan(wanted, measured, device_of(loaded.model))
-    if as_json:
-        print_json({"text": source, **plan_json(found)})
-    else:
-        print_table(terminal.summary(found, title=f"{loaded.source} under {plan}, on {source}"))
-    if output is not None:
-        found.save(output)
-        click.echo(f"Written: {output}", err=as_json)
-
-
-def _check_writable(output: Path) -> None:
-    """Refuse, before anything is loaded or measured, a file or folder that cannot be written.
-
-    Raises:
-        PlanError: naming it.
-    """
-    from autoq.errors import PlanError
-
-    near = next(one for one in output.absolute().parents if one.exists())
-    if not near.is_dir() or not os.access(near, os.W_OK):
-        raise PlanError(
-            "the output must be writable",
-            where=str(output),
-            got=f"{near}, {'which cannot be written' if near.is_dir() else 'which is no folder'}",
-            fix="Choose another folder, or free permissions there.",
-        )
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from autoq import candidates as schemes
 from autoq.candidates import Candidate
+from autoq.estimates import Estimate, Pair
 from autoq.profiler import LatencyModel
 from autoq.scheme import NONE, Scheme
 from autoq.search import Option, Problem, Unit
@@ -96,3 +100,75 @@ class Costs:
             fixed_time_us=sum(latency.calls[phase] * latency.fixed_us[phase] for phase in phases),
             fixed_bytes=self.other_bytes(),
         )
+
+    def rows(
+        self,
+        problem: Problem,
+        *,
+        refitted: Problem,
+        candidates: Sequence[Candidate],
+        latency: LatencyModel,
+        losses: Mapping[Pair, Estimate],
+        measurements: Sequence[Mapping[str, Any]],
+    ) -> list[dict[str, Any]]:
+        """Rows of the costs' table: every quantizable layer under every scheme.
+
+        Args:
+            problem: as ``problem`` made it.
+            refitted: the same after the search, whose corrections of a unit's loss its layers share.
+            candidates: the schemes.
+            latency: times of layers.
+            losses: of (layer, scheme) on the additive scale; those of ``none`` need not be there.
+            measurements: rows of the measurements' table.
+        """
+        infos = {layer.name: layer for layer in self.workload.quantizable}
+        made = []
+        for unit, fitted in zip(problem.units, refitted.units, strict=True):
+            before = {option.scheme: option.loss for option in unit.options}
+            after = {option.scheme: option.loss for option in fitted.options}
+            for name in unit.layers:
+                for candidate in candidates:
+                    text = str(candidate.scheme)
+                    row: dict[str, Any] = {"layer": name, "unit": unit.name, "scheme": text, "reason": ""}
+                    if text in before:
+                        row |= self._costs(infos[name], candidate, latency)
+                        factor = after[text] / before[text] if before[text] else 1.0
+                        found = losses.get((name, text), Estimate(0.0, 0.0, 0.0, measured=False))
+                        row |= {"loss": factor * found.loss, "measured": found.measured}
+                        row |= {"loss_low": factor * found.low, "loss_high": factor * found.high}
+                    else:
+                        row["reason"] = self._refusal(unit, infos, text, losses, measurements)
+                    made.append(row)
+        return made
+
+    def _costs(self, layer: LayerInfo, candidate: Candidate, latency: LatencyModel) -> dict[str, Any]:
+        """A layer's times and bytes under a scheme."""
+        phases = {phase: latency.layer_us(layer.name, candidate.scheme, phase) for phase in latency.calls}
+        return {
+            "time_us": sum(calls * phases[phase] for phase, calls in latency.calls.items()),
+            "phases_us": json.dumps(phases),
+            "weight_bytes": self.layer_bytes(layer, candidate),
+        }
+
+    def _refusal(
+        self,
+        unit: Unit,
+        infos: Mapping[str, LayerInfo],
+        scheme: str,
+        losses: Mapping[Pair, Estimate],
+        measurements: Sequence[Mapping[str, Any]],
+    ) -> str:
+        """Why none of a unit's layers may have a scheme: the first reason of the first layer that has one."""
+        for name in unit.layers:
+            of_sibling = "" if len(unit.layers) == 1 else f"{name}: "
+            layer = infos[name]
+            shapes = {(call.m, layer.k, layer.n, call.dtype, layer.bias) for call in self.workload.calls_of(name)}
+            for row in measurements:
+                shape = (row["m"], row["k"], row["n"], row["dtype"], row["bias"])
+                if row["scheme"] == scheme and row["status"] != "ok" and shape in shapes:
+                    return f"{of_sibling}{row['status']}: {row['reason']}"
+            if (name, scheme) not in losses:
+                return f"{of_sibling}no batch for accuracy calls the layer"
+            if not math.isfinite(losses[name, scheme].loss):
+                return f"{of_sibling}its loss is no finite number"
+        return "not measured"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from autoq.errors import InputError
+from autoq.placement import Box, Label, around, placed
 from autoq.summary import perplexity_change
 from autoq.tables import UNQUANTIZED_LABEL
 
@@ -24,12 +25,19 @@ if TYPE_CHECKING:
 _BLUE, _ORANGE, _GREEN, _VERMILION, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
 _STYLES = {"uniform": ("s", _ORANGE), "frontier": ("o", _BLUE), "optuna": ("^", _GREEN), "local": ("v", _BLUE)}
 _OTHER_STYLE = ("D", _GREY)
+_RING, _MARK, _NAME_FONT = 9.0, 4.0, 8.0  # points: radii of the chosen plan's ring and of a mark, and a font size
+_LARGEST = 1e9  # that is drawn, in percent, units of loss, or times the unquantized model's time
 _OVERFLOW = 700.0  # nats; the exponential of more is no float
 _BEYOND_BUDGET = 3.0  # the loss axis ends at this many budgets; what lies beyond is drawn at the edge with its value
 
 
-class _Axis(NamedTuple):
-    """How loss increases are shown: their values, label and number format."""
+class LossAxis(NamedTuple):
+    """How loss increases are shown: their values, label and number format.
+
+    Attributes:
+        label: of the axis, with its unit.
+        percent: whether they are shown as changes of perplexity.
+    """
 
     label: str
     percent: bool
@@ -44,11 +52,12 @@ class _Axis(NamedTuple):
         return perplexity_change(increase) if self.percent else f"{increase:+.3g}"
 
 
-def _axis(budget: Mapping[str, Any]) -> _Axis:
+def loss_axis(budget: Mapping[str, Any]) -> LossAxis:
+    """How the losses of a plan with this budget are shown."""
     if budget.get("metric") == "nll":
-        return _Axis("perplexity increase over the unquantized model (%)", True)
+        return LossAxis("perplexity increase over the unquantized model (%)", True)
     unit = f" ({budget['unit']})" if budget.get("unit") else ""
-    return _Axis(f"loss increase over the unquantized model{unit}", False)
+    return LossAxis(f"loss increase over the unquantized model{unit}", False)
 
 
 def relative_latency(front: pd.DataFrame) -> pd.DataFrame:
@@ -100,27 +109,26 @@ def front_figure(front: pd.DataFrame, budget: Mapping[str, Any]) -> Figure:
     Raises:
         InputError: if no plan's loss was measured, or the unquantized plan is not among the rows.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from autoq.pictures import Picture
 
-    axis = _axis(budget)
-    points = _points(front, axis)
-    figure = Figure(figsize=(8.0, 5.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    axis = loss_axis(budget)
+    points = front_points(front, axis)
+    figure = Picture(8.0, 5.2, dpi=120)
     axes = figure.add_subplot()
     limit = budget.get("max_increase")
-    edge = _edge(points, None if limit is None else float(axis.values(limit)))
+    edge = far_edge(points, None if limit is None else float(axis.values(limit)))
     for source, group in points.groupby("source", sort=False):
         _draw(axes, str(source), group, edge)
     _draw_pareto(axes, points, edge)
-    for number, row in enumerate(points[points["label"].fillna("") != ""].sort_values("x").to_dict("records")):
-        beyond = row["x"] > edge
-        note = f"{row['label']} ({axis.text(row['loss_delta'])}) " if beyond else f" {row['label']}"
-        place, side = (min(row["x"], edge), row["y"]), "top" if number % 2 else "bottom"
-        axes.annotate(note, place, fontsize=8, ha="right" if beyond else "left", va=side)
     chosen = points[points["chosen"].fillna(False).astype(bool)]
     axes.scatter(
-        chosen["x"], chosen["y"], s=260, facecolors="none", edgecolors=_VERMILION, linewidths=2, label="chosen"
+        chosen["x"],
+        chosen["y"],
+        s=(2 * _RING) ** 2 * 0.8,
+        facecolors="none",
+        edgecolors=_VERMILION,
+        linewidths=2,
+        label="chosen",
     )
     if limit is not None:
         axes.axvline(float(axis.values(limit)), color=_VERMILION, linestyle="--", linewidth=1, label="budget")
@@ -134,13 +142,44 @@ def front_figure(front: pd.DataFrame, budget: Mapping[str, Any]) -> Figure:
     axes.legend(fontsize=8, title="filled: timed end to end; hollow: predicted", title_fontsize=8, markerscale=0.7)
     if budget.get("text"):
         axes.set_title(str(budget["text"]), fontsize=10)
+    _name_uniform(figure, axes, points, edge, axis)
     return figure
 
 
-def _points(front: pd.DataFrame, axis: _Axis) -> pd.DataFrame:
+def _name_uniform(figure: Figure, axes: Axes, points: pd.DataFrame, edge: float, axis: LossAxis) -> None:
+    """Name the uniform plans beside their marks, clear of each other, of the marks and of the chosen plan's ring."""
+    figure.draw_without_rendering()  # places are known after the layout
+    scale = figure.dpi / 72.0
+    rows = points.assign(x=np.minimum(points["x"], edge), beyond=points["x"] > edge).to_dict("records")
+    ends = axes.transData.transform([(row["x"], row["y"]) for row in rows])
+    reach = [scale * (_RING if row["chosen"] is True else _MARK) for row in rows]
+    marks = [around(x, y, radius) for (x, y), radius in zip(ends, reach, strict=True)]
+    labels, texts = [], []
+    for row, (x, y), radius in zip(rows, ends, reach, strict=True):
+        if row["label"]:
+            name = f"{row['label']} ({axis.text(row['loss_delta'])})" if row["beyond"] else str(row["label"])
+            width = 0.56 * _NAME_FONT * scale * len(name)
+            labels.append(Label(x, y, width, 1.2 * _NAME_FONT * scale, radius + 2 * scale))
+            texts.append(name)
+    inside = axes.get_window_extent()
+    for box, name in zip(placed(labels, marks, Box(*inside.extents)), texts, strict=True):
+        place = ((box.left + box.right) / 2, (box.low + box.high) / 2)
+        axes.annotate(
+            name,
+            tuple(axes.transData.inverted().transform(place)),
+            fontsize=_NAME_FONT,
+            ha="center",
+            va="center",
+            zorder=5,
+            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5},
+        )
+
+
+def front_points(front: pd.DataFrame, axis: LossAxis) -> pd.DataFrame:
     """The plans to draw, with columns x, x_low, x_high, y, y_low, y_high and timed."""
     latency = relative_latency(front)
     points: pd.DataFrame = front.assign(
+        **{name: front[name].fillna("").astype(object) for name in ("label", "source", "assignment")},
         x=axis.values(front["loss_delta"]),
         x_low=axis.values(front["loss_low"]),
         x_high=axis.values(front["loss_high"]),
@@ -151,13 +190,16 @@ def _points(front: pd.DataFrame, axis: _Axis) -> pd.DataFrame:
     )
     # A plan that was given up after a part of the samples has a loss of another text than the rest.
     whole = points["samples"].isna() | (points["samples"] == points["samples"].max())
-    points = points[points["x"].notna() & points["y"].notna() & whole]
+    drawable = points["x"].ge(-_LARGEST) & points["y"].between(0.0, _LARGEST, inclusive="right")
+    points = points[drawable & whole]
+    ends = {name: points[name].where(points[name].abs() <= _LARGEST) for name in ("x_low", "x_high", "y_low", "y_high")}
+    points = points.assign(x=points["x"].where(points["x"] <= _LARGEST, np.inf), **ends)
     if points.empty:
         raise InputError("a front has at least one plan whose loss and latency are known", got=f"{len(front)} rows")
     return points
 
 
-def _edge(points: pd.DataFrame, limit: float | None) -> float:
+def far_edge(points: pd.DataFrame, limit: float | None) -> float:
     """Where the loss axis ends, so that one hopeless scheme does not squeeze all others into a corner."""
     farthest = float(points.loc[np.isfinite(points["x"]), "x"].max())
     if limit is None or limit <= 0:
@@ -207,9 +249,9 @@ def heatmap(sensitivity: pd.DataFrame, *, unit: str = "") -> Figure:
     Raises:
         InputError: if the table is empty.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
+
+    from autoq.pictures import Picture
 
     scores = sensitivity[sensitivity["scheme"] != "none"]
     if scores.empty:
@@ -222,8 +264,7 @@ def heatmap(sensitivity: pd.DataFrame, *, unit: str = "") -> Figure:
     high = float(positive.max()) if not positive.empty else 1.0
     norm = LogNorm(vmin=max(float(positive.min()) if not positive.empty else high, 1e-5 * high), vmax=1.0001 * high)
     height = 0.9 + len(schemes) * (0.35 + 0.17 * len(kinds))
-    figure = Figure(figsize=(8.0, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Picture(8.0, height, dpi=110)
     panels = figure.subplots(len(schemes), 1, sharex=True, squeeze=False)[:, 0]
     image = None
     for axes, scheme in zip(panels, schemes, strict=True):
@@ -235,7 +276,7 @@ def heatmap(sensitivity: pd.DataFrame, *, unit: str = "") -> Figure:
         image = axes.imshow(np.ma.masked_invalid(grid), aspect="auto", cmap="cividis", norm=norm)
         axes.set_facecolor("#dddddd")
         axes.set_title(scheme, fontsize=9, loc="left")
-        axes.set_yticks(range(len(kinds)), _short(kinds), fontsize=7)
+        axes.set_yticks(range(len(kinds)), short_kinds(kinds), fontsize=7)
     step = max(1, len(depths) // 16)
     panels[-1].set_xticks(range(0, len(depths), step), [str(depth) for depth in depths[::step]], fontsize=7)
     panels[-1].set_xlabel("block")
@@ -253,7 +294,7 @@ def layer_place(name: str) -> tuple[str, int]:
     return f"{name[: match.start()]}*{name[match.end() :]}", int(match[0])
 
 
-def _short(kinds: Sequence[str]) -> list[str]:
+def short_kinds(kinds: Sequence[str]) -> list[str]:
     """Kinds without what precedes the block's number, where that leaves them distinct."""
     ends = [kind.split("*.", 1)[-1] for kind in kinds]
     return [end if ends.count(end) == 1 else kind for kind, end in zip(kinds, ends, strict=True)]

@@ -14,6 +14,7 @@ from autoq.apply_report import SkippedLayer
 from autoq.candidates import Candidate, LinearOp
 from autoq.device_check import without_kernels
 from autoq.errors import PlanError
+from autoq.linear_layers import bias_of, size_of, weight_of
 from autoq.modules import QuantLinear, find_linears, quantized_layers
 from autoq.plan import Plan
 from autoq.scheme import NONE, Scheme
@@ -23,28 +24,34 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """A layer of the model as a plan sees it, an ``nn.Linear`` or replaced already."""
+    """A layer of the model as a plan sees it, a float linear layer or replaced already."""
 
     name: str
-    module: nn.Linear | QuantLinear
+    module: nn.Module
     reason: str | None
     names: tuple[str, ...]
 
     @property
-    def original(self) -> nn.Linear | None:
+    def original(self) -> nn.Module | None:
         """The float layer, if it is there."""
         return self.module.original if isinstance(self.module, QuantLinear) else self.module
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Outputs N and inputs K."""
+        module = self.module
+        return (module.out_features, module.in_features) if isinstance(module, QuantLinear) else size_of(module)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
-        return self.module.dtype if isinstance(self.module, QuantLinear) else self.module.weight.dtype
+        return self.module.dtype if isinstance(self.module, QuantLinear) else weight_of(self.module).dtype
 
     @property
     def device(self) -> str:
         """The device type."""
         module = self.module
-        return module.head.device.type if isinstance(module, QuantLinear) else module.weight.device.type
+        return module.head.device.type if isinstance(module, QuantLinear) else weight_of(module).device.type
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,14 +144,14 @@ def _choose(
 
 
 def _why_not(layer: Layer, candidate: Candidate) -> str | None:
-    module = layer.module
+    n, k = layer.size
     op = LinearOp(
         m=1,
-        k=module.in_features,
-        n=module.out_features,
+        k=k,
+        n=n,
         dtype=layer.dtype,
         device=layer.device,
-        bias=module.bias is not None,
+        bias=bias_of(layer.module) is not None,
     )
     return candidate.why_not(op)
 

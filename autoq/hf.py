@@ -1,4 +1,7 @@
-"""Transformers models from quantized checkpoints in one line: ``model = autoq.hf.load(folder)``."""
+"""Hugging Face models: tuned with ``autoq.hf.tune``, opened with ``autoq.hf.load`` or with ``from_pretrained``.
+
+Importing this module makes ``from_pretrained`` understand models that autoq quantized.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,25 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.nn.modules import module as registration
 
 from autoq._files import shown
 from autoq.checkpoint_files import CONFIG, GENERATION, Checkpoint, opened
 from autoq.errors import CheckpointError, InputError
+from autoq.hf_marks import mark
 from autoq.hf_settings import BACKBONE, IMPLEMENTATION, settings
 from autoq.installing import install, skeleton
+from autoq.stored import CONFIG_KEY, reshape
 
-__all__ = ["load"]
+if TYPE_CHECKING:
+    from autoq.hf_evaluating import lm_eval_model
+    from autoq.hf_tuning import Tuned, tune
+
+__all__ = ["Tuned", "lm_eval_model", "load", "tune"]
+
+_HOMES = {"Tuned": "hf_tuning", "lm_eval_model": "hf_evaluating", "tune": "hf_tuning"}
 
 # What would make transformers fetch other files, or run code that is not its own.
 _FOREIGN = re.compile(rf"auto_map|custom_\w+|{IMPLEMENTATION.pattern}|{BACKBONE.pattern}")
@@ -55,13 +66,21 @@ def load(folder: str | Path, *, attn_implementation: str | None = None) -> Any:
     transformers = _transformers()
     with opened(Path(folder)) as checkpoint:
         model = _built(transformers, checkpoint, attn_implementation)
+        reshape(model, checkpoint)
         install(model, checkpoint)
+        mark(model)
         generation = checkpoint.json(GENERATION)
         if GENERATION in checkpoint.texts:
             with _understood(checkpoint.folder / GENERATION):
                 _check(generation, checkpoint.folder / GENERATION, checkpoint)
                 model.generation_config = transformers.GenerationConfig.from_dict(_decoded(generation))
     return model.eval()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'autoq.hf' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"autoq.{_HOMES[name]}"), name)
 
 
 def _built(transformers: Any, checkpoint: Checkpoint, attn_implementation: str | None) -> Any:
@@ -72,6 +91,8 @@ def _built(transformers: Any, checkpoint: Checkpoint, attn_implementation: str |
         raise CheckpointError(
             f"a transformers model's checkpoint has {CONFIG}", where=str(checkpoint.folder), got="none", fix=_BUILD_IT
         )
+    if isinstance(value, dict):
+        value.pop(CONFIG_KEY, None)  # for transformers' own from_pretrained
     _check(value, path, checkpoint)
     with _understood(path), _at_most(10_000 + 16 * len(checkpoint.forms)):
         config = transformers.CONFIG_MAPPING[value.get("model_type")].from_dict(_decoded(value))
@@ -186,3 +207,7 @@ def _transformers() -> Any:
     if importlib.util.find_spec("transformers") is None:
         raise InputError("autoq.hf needs transformers", got="it is not installed", fix="Run: pip install 'autoq[hf]'")
     return importlib.import_module("transformers")
+
+
+if importlib.util.find_spec("transformers") is not None:
+    importlib.import_module("autoq.hf_quantizer")  # registers itself

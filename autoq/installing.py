@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from autoq.checkpoint_files import PLAN, Checkpoint
 from autoq.errors import AutoqError, CheckpointError
+from autoq.linear_layers import bias_of, size_of, weight_of
 from autoq.modules import QuantLinear, find_linears, replace_modules, unwrap
 from autoq.plan import Plan, plain_name
-from autoq.sections import Unfilled, allocate, finished
+from autoq.sections import HEADER, Unfilled, allocate, finished
 from autoq.shards import Form
 
 _MISFIT = "Pass a float model of the same structure as the one that was saved."
@@ -31,6 +32,15 @@ def skeleton(factory: Callable[[], nn.Module]) -> nn.Module | None:
         if not any(isinstance(value, Tensor) and value.is_meta for value in plain):
             return model
     return None
+
+
+def stored_name(layer: str, section: str) -> str:
+    """A section's name in tensor files.
+
+    The header has the name of the float weight: a program that does not know autoq finds a weight of another shape and
+    stops, where it would else miss a weight and make one up.
+    """
+    return f"{layer}.weight" if section == HEADER else f"{layer}.{section}"
 
 
 def install(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -60,7 +70,11 @@ def _install(root: nn.Module, checkpoint: Checkpoint) -> None:
     sources = _sources(holders, rest, checkpoint.tied)
     buffers = {name: allocate(sections[name], where=name) for name in linears}
     targets = {name: torch.empty(form.shape, dtype=form.dtype, device="cpu") for name, form in rest.items()}
-    places = {f"{layer}.{one}": view for layer, buffer in buffers.items() for one, view in buffer.views.items()}
+    places = {
+        _name_in_files(checkpoint, layer, one): view
+        for layer, buffer in buffers.items()
+        for one, view in buffer.views.items()
+    }
     checkpoint.read(targets | places)
     places.clear()
     changes: dict[nn.Module, QuantLinear] = {}
@@ -89,21 +103,18 @@ def holdings(root: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
     return found
 
 
-def _matching_linears(root: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Linear]:
+def _matching_linears(root: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Module]:
     """Layer → the model's float layer in its place, of every quantized layer of the checkpoint."""
     linears = {site.name: site.module for site in find_linears(root)}
     for name, fields in checkpoint.layers.items():
         linear = linears.get(name)
         if linear is None:
             raise CheckpointError(
-                "the model has the checkpoint's layers", where=name, got="no nn.Linear of that name", fix=_MISFIT
+                "the model has the checkpoint's layers", where=name, got="no linear layer of that name", fix=_MISFIT
             )
         known = fields if isinstance(fields, dict) else {}
-        shape = {
-            "in_features": linear.in_features,
-            "out_features": linear.out_features,
-            "bias": linear.bias is not None,
-        }
+        n, k = size_of(linear)
+        shape = {"in_features": k, "out_features": n, "bias": bias_of(linear) is not None}
         if known.get("dtype") not in list(DTYPES) or shape != {key: known.get(key) for key in shape}:
             raise CheckpointError("the layer is the model's", where=name, got=fields, fix=f"The model's is {shape}.")
     return {name: linears[name] for name in checkpoint.layers}
@@ -116,20 +127,28 @@ def _divided(checkpoint: Checkpoint) -> tuple[dict[str, Form], dict[str, dict[st
     for name, form in checkpoint.forms.items():
         owner, _, leaf = name.rpartition(".")
         if owner in sections and leaf != "bias":
-            sections[owner][leaf] = form
+            is_header = name == _name_in_files(checkpoint, owner, HEADER)
+            sections[owner][HEADER if is_header else leaf] = form
         else:
             rest[name] = form
     return rest, sections
 
 
-def _layer(name: str, dtype: str, linear: nn.Linear, buffer: Unfilled) -> QuantLinear:
+def _name_in_files(checkpoint: Checkpoint, layer: str, section: str) -> str:
+    """The name that a section has in this checkpoint: up to schema 2 the header had its own."""
+    own = f"{layer}.{section}"
+    return own if own in checkpoint.forms else stored_name(layer, section)
+
+
+def _layer(name: str, dtype: str, linear: nn.Module, buffer: Unfilled) -> QuantLinear:
     """The quantized layer, still with the old bias."""
     packed, candidate = finished(buffer, where=name)
-    if not linear.weight.is_meta:
-        packed = packed._replace(data=packed.data.to(linear.weight.device))
-    shape = (linear.in_features, linear.out_features)
+    weight = weight_of(linear)
+    if not weight.is_meta:
+        packed = packed._replace(data=packed.data.to(weight.device))
+    n, k = size_of(linear)
     try:
-        return QuantLinear(candidate, packed, linear.bias, *shape, dtype=DTYPES[dtype])
+        return QuantLinear(candidate, packed, bias_of(linear), k, n, dtype=DTYPES[dtype])
     except AutoqError as problem:
         raise CheckpointError(problem.rule, where=name, got=problem.got) from problem
 

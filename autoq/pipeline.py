@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from autoq import candidates as schemes
-from autoq import language, pairs, search, studies
+from autoq import language, plugins, search, studies
+from autoq.additive import Additive
+from autoq.apply_report import by_kind
 from autoq.cache import (
     SHAPE,
     Fingerprint,
@@ -31,12 +33,14 @@ from autoq.cache import (
 from autoq.calibration import Progress, Timer, calibrate
 from autoq.candidates import Candidate
 from autoq.costs import Costs
-from autoq.errors import InputError, ModelError
-from autoq.evaluation import Additive, EvalFn, LossBudget, LossMeter, loss_budget
+from autoq.errors import CandidateError, InputError, ModelError
+from autoq.estimates import estimates
+from autoq.evaluation import EvalFn, LossBudget, LossMeter, loss_budget
 from autoq.identity import content_hash, function_hash, model_hash
 from autoq.judging import Judge
 from autoq.losses import Batch, LossFn, TokenNLL, as_batches, default_metric, is_causal_lm
-from autoq.modules import FilterFn, check_weights, compile_arguments, device_of, unwrap
+from autoq.modules import FilterFn, check_weights, compile_arguments, device_of, evaluating, unwrap
+from autoq.other_weights import other_weights
 from autoq.phase_forms import PhaseForms
 from autoq.profiler import LatencyModel, isolated_times, profile, shapes_of
 from autoq.profiler.end_to_end import UNQUANTIZED
@@ -53,6 +57,7 @@ from autoq.workload import Phase, Workload
 _log = logging.getLogger(__name__)
 Assignment = Mapping[str, Scheme]
 
+_NOTED_SHARE = 0.01  # of the model's bytes
 _TIMED_BATCHES = 8  # batches of a phase that the user did not name
 
 
@@ -136,7 +141,8 @@ def tune(
         ties=checked(ties),
         seed=seed,
     )
-    return Tuning(model, batches, phases, settings, progress).run()
+    with evaluating(unwrap(model)):
+        return Tuning(model, batches, phases, settings, progress).run()
 
 
 def record(
@@ -163,9 +169,21 @@ def record(
 
 def _candidates(given: Sequence[Candidate | Scheme | str] | None) -> tuple[Candidate, ...]:
     """The candidates to search, ``none`` first and each once."""
-    found = [one if isinstance(one, Candidate) else schemes.parse(one) for one in given or schemes.DEFAULT]
+    found = [_known(one) if isinstance(one, Candidate) else schemes.parse(one) for one in given or schemes.DEFAULT]
     none = schemes.parse(NONE)
     return tuple(dict.fromkeys([none, *found]))
+
+
+def _known(candidate: Candidate) -> Candidate:
+    """The candidate, if it is what a plan that names its scheme would give."""
+    found = schemes.parse(candidate.scheme)
+    if found != candidate:
+        raise CandidateError(
+            f"the scheme {candidate.key} is {type(candidate).__qualname__}",
+            got=f"{type(found).__module__}.{type(found).__qualname__}, which plans mean by it",
+            fix="Give your class a key of its own, and install it as a plugin (docs/plugins.md).",
+        )
+    return candidate
 
 
 class Tuning:
@@ -196,6 +214,8 @@ class Tuning:
                 raise InputError("a phase's name is printable text", got=repr(name))
         folder = settings.cache_dir or default_folder()
         self.device = device_of(self.model)
+        for dtype in _autocast(self.device).values():
+            self.note(f"Everything was measured inside torch.autocast with {dtype.removeprefix('torch.')}.")
         self.fingerprint = Fingerprint.current(self.device)
         self.profiles = ProfileCache(folder, self.fingerprint)
         if housekeeping.earlier_profiles(folder):
@@ -218,6 +238,7 @@ class Tuning:
             reasons = "; ".join(f"{one.name}: {one.reason or 'never called'}" for one in self.workload.layers[:5])
             raise ModelError("the model has a linear layer that is called and may be quantized", got=reasons)
         self.layers = [layer.name for layer in self.workload.quantizable]
+        self.left_alone = self._left_alone()
         self.units = units(self.workload, self.settings.ties, self.settings.candidates)
         if self.settings.ties:
             self.note(f"{len(self.layers)} layers are decided in {len(self.units)} units.")
@@ -231,7 +252,7 @@ class Tuning:
             eval_fn=self.settings.eval_fn,
             forms=PhaseForms.of(self.workload),
         )
-        self.scale = Additive(squares=self.metric_name == "relative_rms")
+        self.scale = Additive.of(self.metric_name)
         self.timer = Timer(self.model, self.store, self.phases, self.compile_arguments, self.say)
         self.say("record", "", 1, 1)
 
@@ -258,7 +279,8 @@ class Tuning:
         for text in judge.notes:
             self.note(text)
         families = {layer: loss_family(layer, self.layers) for layer in self.layers}
-        problem = self.problem(latency, pairs.calibrated(scores, families))
+        priced = estimates(scores, families)
+        problem = self.problem(latency, {pair: one.loss for pair, one in priced.items()})
         found, phase_losses = judge.in_every_phase(self._search(problem, limits, judge), limits)
         finalists, none_label = self._finalists(problem, found)
         times = self.timer.time({label: layers_of(problem, one) for label, one in finalists.items()}, "verify")
@@ -291,6 +313,14 @@ class Tuning:
             front_rows=front_rows(evidence, choice),
             measurement_rows=rows,
             sensitivity_rows=scores,
+            cost_rows=self.costs.rows(
+                problem,
+                refitted=found.refitted,
+                candidates=self.settings.candidates,
+                latency=latency,
+                losses=priced,
+                measurements=rows,
+            ),
             problem=found.refitted,
             budget=limits,
             scale=self.scale,
@@ -313,6 +343,7 @@ class Tuning:
         """Everything about the run that is not a measured figure."""
         unit = "eval_fn's" if self.settings.eval_fn is not None else self.meter.metric.unit
         shapes = json.dumps([(one.name, one.n, one.k) for one in self.workload.layers])
+        made_with = plugins.origins(one.key for one in self.settings.candidates)
         return {
             "autoq": version("autoq"),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -331,11 +362,13 @@ class Tuning:
             "device": self.fingerprint.to_json(),
             **self.predicted_from,
             "versions": versions(),
+            **({"plugins": made_with} if made_with else {}),
             "model": {
                 "class": type(self.model).__name__,
                 "weights": self.weights_hash,
                 "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16],
                 "layers": {one.name: {"n": one.n, "k": one.k, "dtype": one.dtype} for one in self.workload.quantizable},
+                "left_alone": self.left_alone,
             },
             "notes": list(self.notes),
         }
@@ -349,6 +382,16 @@ class Tuning:
         """Keep a decision autoq took by itself, for the result and the plan."""
         self.notes.append(text)
         _log.info(text)
+
+    def _left_alone(self) -> dict[str, dict[str, float]]:
+        """Kind → how many weights no plan can quantize, their bytes and share of the model's; the large ones noted."""
+        decided = set(self.layers)
+        reasons = {one.name: one.reason or "never called" for one in self.workload.layers if one.name not in decided}
+        found = by_kind(other_weights(self.model, reasons))
+        for kind, (_, _, share) in found.items():
+            if share >= _NOTED_SHARE:
+                self.note(f"{share:.1%} of the model's bytes stay as they are: {kind}.")
+        return {kind: {"weights": count, "bytes": size, "share": share} for kind, (count, size, share) in found.items()}
 
     # -- inputs ----------------------------------------------------------------------------------------------------
 
@@ -421,6 +464,7 @@ class Tuning:
             "model": self._model_hash,
             "batches": self._batches_hash,
             **self._functions,
+            **_autocast(self.device),
             "autoq": version("autoq"),
             "seed": str(self.settings.seed),
         }
@@ -450,6 +494,11 @@ class Tuning:
         """What losses depend on, the metric included."""
         return self.identity() | {"metric": self.metric_name}
 
+    def _plugins(self) -> dict[str, str]:
+        """What losses of plugins' schemes depend on: those of autoq are of its version."""
+        found = plugins.fingerprints(one.key for one in self.settings.candidates)
+        return {"plugins": json.dumps(found)} if found else {}
+
     def latency(self, rows: Sequence[Mapping[str, Any]]) -> LatencyModel:
         """The model of a plan's time: the measured rows, corrected by uniform plans timed end to end."""
         offered = [one.scheme for one in self.settings.candidates]
@@ -459,7 +508,7 @@ class Tuning:
             isolated_times(self.workload, rows, offered),
             offered,
             none_is_stock=self.none_is_stock,
-            identity={"weights": self.weights_hash, "device": self.fingerprint.key},
+            identity={"weights": self.weights_hash, "device": self.fingerprint.key, **_autocast(self.device)},
             folder=self.folder,
         )
 
@@ -469,7 +518,7 @@ class Tuning:
             model=self.model,
             meter=self.meter,
             candidates=self.settings.candidates,
-            identity=self._judged_by(),
+            identity=self._judged_by() | self._plugins(),
             folder=self.folder,
             seed=self.settings.seed,
             scale=self.scale,
@@ -543,6 +592,13 @@ class Tuning:
         )
 
 
+def _autocast(device: str) -> dict[str, str]:
+    """The dtype of ``torch.autocast`` where the caller is inside it: losses and times depend on it."""
+    kind = device.partition(":")[0]
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return {"autocast": str(torch.get_autocast_dtype(kind))} if on else {}
+
+
 def versions() -> dict[str, str]:
     """Package → version, of those that times and the search depend on."""
     found = {"torch": str(torch.__version__), "optuna": version("optuna")}
@@ -561,7 +617,7 @@ def default_phases(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Phas
     if is_causal_lm(model):
         return language.synthesised_phases(model, language.tokens_of(list(batches))[0])
     timed = batches[:_TIMED_BATCHES]
-    return {"forward": Phase([one.given for one in timed], 1 / len(timed))}
+    return {"forward": Phase(list(timed), 1 / len(timed))}
 
 
 def kernels_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -161,7 +161,7 @@ class Plan:
         The same plan always gives the same bytes.
 
         Raises:
-            PlanError: if the folder cannot be written, or a scheme is none that autoq knows.
+            PlanError: if the folder cannot be written, or a scheme is neither autoq's nor an installed plugin's.
         """
         value = self.to_json()
         for name, scheme in value["layers"].items():
@@ -215,8 +215,9 @@ def _read(kind: type[Plan], given: Any, where: str) -> Plan:
     if "layers" not in value:
         raise PlanError("$.layers is an object of layer name to scheme", got="a file without it")
     check_sections(value)
+    made_with = value.get("provenance", {}).get("plugins")
     for name, scheme in value["layers"].items():
-        check_scheme(name, scheme)
+        check_scheme(name, scheme, made_with)
     if edited:
         value["provenance"] = without_figures(value.get("provenance", {}))
     plan = kind(**value)

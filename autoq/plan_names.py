@@ -118,12 +118,13 @@ def _unwrapped(name: str) -> str:
 
 def _linears(model: nn.Module) -> dict[str, Shape]:
     """Shapes of what is a linear layer, quantized or not, under every name it has."""
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(getattr(module, "in_features", None), int)
-        and isinstance(getattr(module, "out_features", None), int)
-    }
+    found: dict[str, Shape] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for outputs, inputs in (("out_features", "in_features"), ("nf", "nx")):  # the latter of transformers' Conv1D
+            n, k = getattr(module, outputs, None), getattr(module, inputs, None)
+            if isinstance(n, int) and isinstance(k, int):
+                found[name] = (n, k)
+    return found
 
 
 def _fits(wanted: Sequence[str], known: Mapping[str, str]) -> list[dict[str, str]]:

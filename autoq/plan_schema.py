@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from autoq import plugins
 from autoq._files import shown
-from autoq.errors import PlanError
+from autoq.errors import CandidateError, PlanError
 from autoq.plan_text import entry, layer_path, step
-from autoq.scheme import FIELDS
+from autoq.scheme import FIELDS, Choices
 
 SCHEMA = 2
 SECTIONS = ("layers", "units", "phases", "kernels", "model", "provenance")
@@ -54,8 +55,13 @@ def check_sections(value: Mapping[str, Any]) -> None:
         _SECTION_CHECKS[key](one, f"$.{key}")
 
 
-def check_scheme(name: str, value: Any) -> None:
-    """Refuse a layer's value unless it is a scheme that autoq knows, with fields that scheme can have.
+def check_scheme(name: str, value: Any, made_with: Mapping[str, str] | None = None) -> None:
+    """Refuse a layer's value unless it is a scheme of autoq's or of an installed plugin, with fields that it can have.
+
+    Args:
+        name: the layer's.
+        value: the scheme as it stands in the file.
+        made_with: scheme → package that had it where the plan was made; named if it is missing here.
 
     Raises:
         PlanError: with the JSON path.
@@ -64,9 +70,9 @@ def check_scheme(name: str, value: Any) -> None:
     if not isinstance(value, dict):
         raise PlanError(f'{path} is an object such as {{"scheme": "int8wo"}}', got=shown(value))
     scheme = value.get("scheme")
-    if not isinstance(scheme, str) or scheme not in FIELDS:
+    if not isinstance(scheme, str):
         raise PlanError(f"{path}.scheme is one of {', '.join(FIELDS)}", got=shown(scheme))
-    fields = FIELDS[scheme]
+    fields = FIELDS[scheme] if scheme in FIELDS else _plugin_fields(scheme, path, (made_with or {}).get(scheme, ""))
     for field, one in value.items():
         if field == "scheme":
             continue
@@ -75,6 +81,18 @@ def check_scheme(name: str, value: Any) -> None:
             raise PlanError(f"{step(path, field)} is no field of {scheme}", fix=fix)
         if not any(type(one) is type(choice) and one == choice for choice in fields[field]):
             raise PlanError(f"{path}.{field} is one of {', '.join(map(str, fields[field]))}", got=shown(one))
+
+
+def _plugin_fields(scheme: str, path: str, package: str) -> Choices:
+    """The fields of a scheme that is none of autoq's own."""
+    rule = f"{path}.scheme is one of {', '.join(FIELDS)}, or of an installed plugin"
+    if not plugins.is_installed(scheme):
+        fix = f"The plan was made with the package {shown(package)}: install it, if you trust it." if package else ""
+        raise PlanError(rule, got=shown(scheme), fix=fix)
+    try:
+        return plugins.choices(scheme)
+    except CandidateError as problem:
+        raise PlanError(rule, got=f"{shown(scheme)}, whose plugin does not work: {problem}") from problem
 
 
 def _holds(check: _Check, value: Any) -> bool:
@@ -209,8 +227,9 @@ PROVENANCE: Mapping[str, _Check] = {
     "certificate": _or_null(_record(dict.fromkeys(("value", "bound", "gap", "loss_error"), _FIGURE))),
     "device": _each(_fact),
     "versions": _each(_text),
-    "model": _record(_IDENTITY | {"layers": _each(_MODEL_LAYER)}),
+    "model": _record(_IDENTITY | {"layers": _each(_MODEL_LAYER), "left_alone": _each(_each(_number))}),
     "notes": _list(_text),
+    "plugins": _each(_text),
     "profile_from": _record({"profile": _text, "device": _text, "shapes": _count, "verified": _flag}),
     "edited": _flag,
     "retargeted": _flag,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from autoq import candidates
 from autoq.candidates import Candidate, Packed
 from autoq.errors import ModelError
+from autoq.linear_layers import bias_of, weight_of
 from autoq.modules import find_linears, unwrap
 from autoq.scheme import Scheme
 from autoq.shadow import PackedStore, float_product, share_weights
@@ -61,7 +62,7 @@ class Precise:
                 module.register_forward_hook(_to_float)
         self.model.register_forward_pre_hook(_inputs_to_float, with_kwargs=True)
         for linear in linears.values():
-            linear.__dict__["forward"] = partial(float_product, weight=linear.weight, bias=linear.bias)
+            linear.__dict__["forward"] = partial(float_product, weight=weight_of(linear), bias=bias_of(linear))
 
     @contextmanager
     def quantized(self, layer: str, scheme: Scheme) -> Iterator[None]:
@@ -69,7 +70,7 @@ class Precise:
         site, candidate = self._sites[layer], candidates.parse(scheme)
         packed = self.store.get(layer, candidate)
         before = site.__dict__["forward"]
-        site.__dict__["forward"] = partial(_quantized, candidate=candidate, packed=packed, bias=site.bias)
+        site.__dict__["forward"] = partial(_quantized, candidate=candidate, packed=packed, bias=bias_of(site))
         try:
             yield
         finally:

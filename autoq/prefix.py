@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from autoq.errors import InputError
 from autoq.losses import Batch, tensor_of
 from autoq.modules import evaluating
+from autoq.plan import plain_name
 
 _LIMIT_BYTES = 1 << 30
 _LEAVES = (Tensor, bool, int, float, str, type(None))
@@ -57,7 +58,7 @@ class Prefix:
         self._limit = limit_bytes
         self._kept: dict[tuple[int, int], Any] = {}  # (batch, blocks skipped) → output of the last one skipped
         self._bytes = 0
-        self._first: dict[nn.Module, int] = {}
+        self._first: dict[str, int] = {}
         with evaluating(model), torch.no_grad():
             for index, batch in enumerate(batches):
                 outputs = batch.call(model) if self.reason else self._capture(index, batch)
@@ -70,7 +71,7 @@ class Prefix:
 
     def start(self, layer: str) -> int:
         """How many blocks may be skipped when only this layer is changed: those that ran before its first call."""
-        return 0 if self.reason else self._first.get(self.model.get_submodule(layer), 0)
+        return 0 if self.reason else self._first.get(layer, 0)
 
     def skipped(self, block: int) -> int:
         """How many blocks ``from_block`` really skips."""
@@ -125,12 +126,15 @@ class Prefix:
 
             return hook
 
-        def called(module: nn.Module, _args: Any) -> None:
-            self._first[module] = min(done, self._first.get(module, done))
+        def called(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                self._first[name] = min(done, self._first.get(name, done))
+
+            return hook
 
         with ExitStack() as stack:
-            for module in self.model.modules():
-                stack.callback(module.register_forward_pre_hook(called).remove)
+            for name, module in self.model.named_modules():
+                stack.callback(module.register_forward_pre_hook(called(plain_name(name))).remove)
             for number, block in enumerate(self.blocks):
                 stack.callback(block.register_forward_pre_hook(enter(number)).remove)
                 stack.callback(block.register_forward_hook(leave(number)).remove)

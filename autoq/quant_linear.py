@@ -55,7 +55,7 @@ class QuantLinear(nn.Module):
         out_features: int,
         *,
         dtype: torch.dtype = torch.float32,
-        original: nn.Linear | None = None,
+        original: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -89,7 +89,7 @@ class QuantLinear(nn.Module):
         return str(self.candidate.scheme)
 
     @property
-    def original(self) -> nn.Linear | None:
+    def original(self) -> nn.Module | None:
         """The float layer as it was before quantization, if it was kept."""
         return self._original[0]
 
@@ -111,8 +111,10 @@ class QuantLinear(nn.Module):
         self.register_buffer("packed", data, persistent=False)
         # Of the same storage, but no autograd view: Dynamo would guard on a view's base and so on the scheme's size.
         # A buffer too, because CUDA graphs copy inputs that are no buffers, and the copy would hold 128 bytes.
-        head = torch.empty(0, dtype=torch.uint8, device=data.device)
-        head.set_(data.untyped_storage(), data.storage_offset(), (layout.HEADER_BYTES,), (1,))
+        # Never made in inference mode: the gradient saves it.
+        with torch.inference_mode(False):
+            head = torch.empty(0, dtype=torch.uint8, device=data.device)
+            head.set_(data.untyped_storage(), data.storage_offset(), (layout.HEADER_BYTES,), (1,))
         self.register_buffer("head", head, persistent=False)
         settle(head)
 
@@ -154,7 +156,9 @@ class QuantLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: one for name, one in self.sections().items()})
+        # Of one storage torch.save takes views of one dtype only: the codes stay views, the small rest is copied.
+        found = {name: one if _is_codes(name) else one.clone() for name, one in self.sections().items()}
+        destination.update({prefix + name: one for name, one in found.items()})
 
     def _load_from_state_dict(  # noqa: PLR0917 (torch's signature)
         self,
@@ -169,14 +173,24 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        start = f"{prefix}weight_"
+        where, start = prefix.rstrip("."), f"{prefix}weight_"
+        if f"{prefix}weight" in state_dict:
+            unexpected_keys[:] = [key for key in unexpected_keys if key != f"{prefix}weight"]
+            error_msgs.append(
+                f"{where}: a float weight cannot be loaded into a layer quantized as {self.scheme}. Load it into the "
+                "float model and apply the plan to that, or use autoq.load_quantized."
+            )
+            return
         found = {key.removeprefix(prefix): one for key, one in state_dict.items() if key.startswith(start)}
         unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(start)]
         if not found:
             missing_keys.append(prefix + HEADER)
             return
         try:
-            self.set_packed(*assemble(found, where=prefix.rstrip(".")))
+            packed, candidate = assemble(found, where=where)
+            if candidate.key == "none" and not local_metadata.get("assign_to_params_buffers", False):
+                packed = Packed(_converted(packed.data, self.dtype))
+            self.set_packed(packed, candidate)
         except AutoqError as problem:
             error_msgs.append(str(problem))
 
@@ -186,6 +200,10 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, scheme={self.scheme}"
         )
+
+
+def _is_codes(section: str) -> bool:
+    return section.startswith("weight_codes")
 
 
 def _converted(data: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoq.applying import apply
 from autoq.calibration import Progress
 from autoq.candidates import Candidate
-from autoq.errors import InputError, PlanError
+from autoq.errors import PlanError
 from autoq.evaluation import Difference, EvalFn, LossMeter, largest
 from autoq.language import rows_as_batches, tokens_of
-from autoq.losses import Batch, LossFn, as_batches, default_metric, is_causal_lm
-from autoq.modules import FilterFn, find_linears, unwrap
+from autoq.losses import LossFn, as_batches, default_metric, is_causal_lm
+from autoq.modules import FilterFn, evaluating, find_linears, unwrap
 from autoq.pipeline import Tuning, tune
 from autoq.plan import Plan
 from autoq.profiler.end_to_end import UNQUANTIZED
@@ -28,10 +27,10 @@ from autoq.scheme import NONE, Scheme
 from autoq.search import Objective
 from autoq.shadow import PackedStore, Shadow
 from autoq.ties import Ties, checked
+from autoq.waiting import Waiting
 from autoq.workload import Phase
 
 _log = logging.getLogger(__name__)
-_KEPT_CALLS = 64  # calls whose inputs manual recording keeps
 
 
 def autoquant(
@@ -64,7 +63,8 @@ def autoquant(
 
     With ``batches`` (or ``phases``) the model is tuned at once. Without, the next call of the model, or of its
     ``generate``, is recorded, tuned on and answered by the tuned model. With ``manual=True`` every call is recorded
-    until ``model.finalize_autoquant()``.
+    until ``model.finalize_autoquant()``. After an error or Ctrl-C the model still waits: the next call goes on where
+    tuning stopped. A waiting model can be neither copied nor pickled.
 
     Args:
         model: a module, or ``torch.compile(module)``, which stays compiled with its arguments.
@@ -126,11 +126,17 @@ def autoquant(
         "seed": seed,
         "progress": progress,
     }
-    pending = _Pending(model, arguments, path, keep_float)
+
+    def run(given: Any) -> None:
+        result = tune(model, given, **arguments)
+        if path is not None:
+            result.plan.save(path)
+        _apply(model, result.plan, keep_float=keep_float, packed=result.packed)
+
     if batches is not None or (phases is not None and not manual):
-        pending.tune(batches)
+        run(batches)
     else:
-        pending.wait(manual=manual)
+        Waiting(model, run, manual=manual).start()
     return model
 
 
@@ -162,112 +168,6 @@ def _check_request(plan: Plan, asked: Mapping[str, Any], phases: Mapping[str, Ph
             got="; ".join(different),
             fix="Delete the file to tune again, or pass accept_plan=True.",
         )
-
-
-class _Pending:
-    """A model that will be tuned: at once, at its next call, or when the user says so."""
-
-    def __init__(self, model: nn.Module, arguments: Mapping[str, Any], path: Path | None, keep_float: bool) -> None:
-        self.model = model
-        self.root = unwrap(model)
-        self.arguments = dict(arguments)
-        self.path = path
-        self.keep_float = keep_float
-        self.seen: list[Batch] = []
-        self._handle: Any = None
-        self._compiled_call: Any = None
-        self._forwards: dict[nn.Module, Any] = {}
-
-    def tune(self, batches: Any) -> None:
-        """Tune, write the plan file if one was named, and apply."""
-        training = self.root.training
-        result = tune(self.model, batches, **self.arguments)
-        if self.path is not None:
-            result.plan.save(self.path)
-        _apply(self.model, result.plan, keep_float=self.keep_float, packed=result.packed)
-        self.root.train(training)
-
-    def wait(self, *, manual: bool) -> None:
-        """Watch the model's calls: the first one triggers tuning, or all are kept until finalize_autoquant."""
-        action: Callable[[Batch], None] = self._keep if manual else self._first
-        # Compiled code would trace the hook; until `_release`, wrapped and in-place compiled models run uncompiled.
-        self._compiled_call, self.root._compiled_call_impl = self.root._compiled_call_impl, None
-        for wrapper in _compiled_wrappers(self.model):
-            self._forwards[wrapper] = wrapper.forward
-            wrapper.forward = self.root.__call__
-        self._handle = self.root.register_forward_pre_hook(
-            lambda _module, args, kwargs: action(Batch(args, args, kwargs)), with_kwargs=True
-        )
-        if manual:
-            self.model.__dict__["finalize_autoquant"] = self._finalize
-
-    def _release(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-        self.root._compiled_call_impl = self._compiled_call
-        for wrapper, forward in self._forwards.items():
-            wrapper.forward = forward
-        self.model.__dict__.pop("finalize_autoquant", None)
-
-    def _first(self, batch: Batch) -> None:
-        self._release()
-        self.tune(self._inputs([batch]))
-
-    def _keep(self, batch: Batch) -> None:
-        if len(self.seen) < _KEPT_CALLS:
-            self.seen.append(_cloned(batch))
-
-    def _finalize(self) -> None:
-        """Stop recording, tune on what was recorded, and apply.
-
-        Raises:
-            InputError: if the model was not called since.
-        """
-        if not self.seen:
-            raise InputError(
-                "manual recording needs at least one call of the model before finalize_autoquant()",
-                fix="Call the model on inputs you care about first.",
-            )
-        self._release()
-        self.tune(self._inputs(self.seen))
-
-    def _inputs(self, batches: list[Batch]) -> Any:
-        """The recorded inputs as ``tune`` takes them; a language model's prompts only, without their caches."""
-        if not is_causal_lm(self.root):
-            return batches
-        rows = [tokens for batch in batches if (tokens := _prompt(batch)) is not None]
-        if not rows:
-            raise InputError("a recorded call of a language model has a prompt of at least two tokens")
-        return [_clone(one) for one in rows]
-
-
-def _compiled_wrappers(model: nn.Module) -> list[nn.Module]:
-    """The ``torch.compile`` wrappers around a model's root."""
-    root = unwrap(model)
-    found = []
-    while model is not root:
-        if "_orig_mod" in model._modules:
-            found.append(model)
-        model = next(iter(model.children()))
-    return found
-
-
-def _prompt(batch: Batch) -> Tensor | None:
-    tokens = batch.kwargs.get("input_ids", batch.args[0] if batch.args else None)
-    return tokens if isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.shape[1] > 1 else None
-
-
-def _clone(tensor: Tensor) -> Tensor:
-    with torch.inference_mode(False):
-        return tensor.clone()
-
-
-def _cloned(batch: Batch) -> Batch:
-    def copy(value: Any) -> Any:
-        return _clone(value) if isinstance(value, Tensor) else value
-
-    args = tuple(copy(one) for one in batch.args)
-    return Batch(args, args, {name: copy(one) for name, one in batch.kwargs.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,8 +229,13 @@ def measure(
     check_layers(plan, [site.name for site in find_linears(model) if site.reason is None])
     only = (lambda name, _: name in plan.layers) if plan.layers else None
     settings = Settings(loss_fn=loss_fn, eval_fn=eval_fn, seed=seed, filter_fn=only)
-    tuning = Tuning(model, batches, phases, settings, None)
-    tuning.prepare()
+    with evaluating(unwrap(model)):
+        tuning = Tuning(model, batches, phases, settings, None)
+        tuning.prepare()
+        return _measured(tuning, plan)
+
+
+def _measured(tuning: Tuning, plan: Plan) -> Measured:
     check_layers(plan, tuning.layers)
     meter: LossMeter = tuning.meter
     differences = meter.by_phase(plan.layers)

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from autoq.errors import InputError, ModelError
+from autoq.linear_layers import bias_of, size_of
 from autoq.losses import Batch, as_batches, is_causal_lm
-from autoq.modules import FilterFn, LinearSite, evaluating, find_linears, other_weights, unwrap
+from autoq.modules import FilterFn, LinearSite, evaluating, find_linears, unwrap
+from autoq.other_weights import other_weights
 from autoq.siblings import Inputs, siblings
 from autoq.workload import LayerInfo, LinearCall, Phase, PhaseInfo, Workload
 
@@ -200,7 +202,7 @@ class Recorder:
 
     def _watch(self, site: LinearSite, undo: ExitStack) -> None:
         def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._on_linear(site, args[0] if args else kwargs["input"])
+            self._on_linear(site, args[0] if args else next(iter(kwargs.values())))
 
         handle = site.module.register_forward_pre_hook(on_call, with_kwargs=True)
         undo.callback(handle.remove)
@@ -218,8 +220,9 @@ class Recorder:
     def _on_linear(self, site: LinearSite, x: Tensor) -> None:
         phase = self.phase or self._found_phase
         dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         m = x.shape[:-1].numel()
         self._calls[site.name, phase, m, str(dtype).removeprefix("torch.")] += 1
         self._inputs.add(site.name, x)
@@ -324,13 +327,14 @@ def _is_decode(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 def _layer_info(site: LinearSite, read_directly: bool) -> LayerInfo:
     module = site.module
     weight = getattr(module, "weight", None)
+    n, k = size_of(module)
     return LayerInfo(
         name=site.name,
-        k=module.in_features,
-        n=module.out_features,
+        k=k,
+        n=n,
         dtype=str(weight.dtype).removeprefix("torch.") if isinstance(weight, Tensor) else "unknown",
         device=weight.device.type if isinstance(weight, Tensor) else "unknown",
-        bias=module.bias is not None,
+        bias=bias_of(module) is not None,
         aliases=site.aliases,
         tied_to=site.tied_to,
         reason=site.reason or (_DIRECT_READ if read_directly else None),
@@ -340,7 +344,7 @@ def _layer_info(site: LinearSite, read_directly: bool) -> LayerInfo:
 def _no_linears(root: nn.Module) -> ModelError:
     others = ", ".join(sorted({one.kind for one in other_weights(root)}))
     return ModelError(
-        "the model has nn.Linear layers",
+        "the model has linear layers (nn.Linear, or Conv1D of transformers)",
         got=f"none{f', only {others}' if others else ''}",
-        fix="autoq quantizes nn.Linear only; a quantized model is tuned again after autoq.restore(model).",
+        fix="autoq quantizes linear layers only; a quantized model is tuned again after autoq.restore(model).",
     )

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoq import search, tables
+from autoq.additive import Additive
 from autoq.candidates import Candidate, Packed
+from autoq.cost_figures import times_figure
 from autoq.errors import InputError
-from autoq.evaluation import Additive, EvalFn, loss_budget
+from autoq.evaluation import EvalFn, loss_budget
+from autoq.figures import front_figure, heatmap
 from autoq.losses import LossFn
 from autoq.modules import FilterFn
 from autoq.plan import Plan
@@ -22,6 +25,7 @@ from autoq.workload import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 TRIALS = 26  # plans whose loss is measured at most, unless told otherwise: 18 beside eight uniform ones
 
@@ -80,6 +84,7 @@ class TuneResult:
         front_rows: rows of the front's table.
         measurement_rows: rows of the measurements' table.
         sensitivity_rows: rows of the sensitivity table.
+        cost_rows: rows of the costs' table.
         problem: the additive model of loss, time and bytes, corrected by all measurements.
         budget: what the search was held to.
         scale: on which losses of layers add up, that of ``problem`` and ``budget``.
@@ -99,6 +104,7 @@ class TuneResult:
     scale: Additive
     metric: str
     baseline_loss: float
+    cost_rows: Sequence[Mapping[str, Any]] = ()
     packed: Mapping[str, Packed] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -115,6 +121,23 @@ class TuneResult:
     def sensitivity(self) -> pd.DataFrame:
         """What each scheme costs on each layer (columns of ``tables.SENSITIVITY``)."""
         return tables.frame(self.sensitivity_rows, tables.SENSITIVITY)
+
+    @cached_property
+    def costs(self) -> pd.DataFrame:
+        """What the search took each scheme on each layer to cost (columns of ``tables.COSTS``)."""
+        return tables.frame(self.cost_rows, tables.COSTS)
+
+    def plot_front(self) -> Figure:
+        """The measured trade-off; see ``figures.front_figure``."""
+        return front_figure(self.front, self.plan.provenance.get("budget") or {})
+
+    def plot_sensitivity(self) -> Figure:
+        """Where each scheme hurts; see ``figures.heatmap``."""
+        return heatmap(self.sensitivity, unit=str((self.plan.provenance.get("budget") or {}).get("unit", "")))
+
+    def plot_times(self) -> Figure:
+        """How long each kind of layer takes under each scheme; see ``cost_figures.times_figure``."""
+        return times_figure(self.costs)
 
     def retarget(
         self,

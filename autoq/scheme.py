@@ -18,7 +18,10 @@ FORMATS = ("e3m2", "e2m3")
 METHODS = ("hqq", "sinq")
 M_SWITCHES = (8, 16, 32, 64, 128)
 
-FIELDS: Mapping[str, Mapping[str, tuple[Value, ...]]] = MappingProxyType(
+Choices = Mapping[str, tuple[Value, ...]]
+"""Field → its values."""
+
+FIELDS: Mapping[str, Choices] = MappingProxyType(
     {
         "none": {},
         "int8wo": {},
@@ -31,7 +34,8 @@ FIELDS: Mapping[str, Mapping[str, tuple[Value, ...]]] = MappingProxyType(
         "int4mix": {"group_size": GROUP_SIZES, "method": METHODS, "m_switch": M_SWITCHES},
     }
 )
-"""Scheme → field → its values. Plan files are checked by it without importing torch; a field may be left out."""
+"""Scheme of autoq → field → its values; those of other packages: :func:`autoq.plugins.choices`. Plan files are checked
+by it without importing torch; a field may be left out."""
 
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
 _FIELD = re.compile(r"[a-z][a-z0-9_]*")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from autoq.candidates import Candidate
 from autoq.errors import InputError
+from autoq.linear_layers import bias_of, weight_of
 from autoq.losses import Batch, Metric, Probe
 from autoq.numerics import relative_rms
 from autoq.shadow import PackedStore, float_product
@@ -34,11 +35,11 @@ class _Probed(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917 (autograd passes them so)
-        ctx: Any, x: Tensor, anchor: Tensor, module: nn.Linear, name: str, sink: _Sink
+        ctx: Any, x: Tensor, anchor: Tensor, module: nn.Module, name: str, sink: _Sink
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.site = (module, name, sink)
-        return float_product(x, weight=module.weight, bias=module.bias)
+        return float_product(x, weight=weight_of(module), bias=bias_of(module))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -46,17 +47,17 @@ class _Probed(torch.autograd.Function):
         module, name, sink = ctx.site
         gradient = gradients[0].float()
         sink(name, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
-        back = gradient @ module.weight.detach().float()
+        back = gradient @ weight_of(module).detach().float()
         return back.to(x.dtype), None, None, None, None
 
 
-def _probed(x: Tensor, *, anchor: Tensor, module: nn.Linear, name: str, sink: _Sink) -> Tensor:
+def _probed(x: Tensor, *, anchor: Tensor, module: nn.Module, name: str, sink: _Sink) -> Tensor:
     result: Tensor = _Probed.apply(x, anchor, module, name, sink)  # type: ignore[no-untyped-call]  # torch leaves it so
     return result
 
 
 @contextmanager
-def _probing(modules: Mapping[str, nn.Linear], sink: _Sink) -> Iterator[None]:
+def _probing(modules: Mapping[str, nn.Module], sink: _Sink) -> Iterator[None]:
     """Route the layers' forward passes through ``_Probed``; the original ones come back whatever happens."""
     anchor = torch.zeros((), requires_grad=True)
     try:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from autoq import candidates
 from autoq.candidates import Candidate, Packed
+from autoq.linear_layers import bias_of, size_of, weight_of
 from autoq.modules import QuantLinear, find_linears, replace_modules, unwrap
 from autoq.scheme import NONE, Scheme
 
@@ -37,14 +38,14 @@ class PackedStore:
 
     def __init__(self, model: nn.Module, layers: Iterable[str], limit_bytes: int = 4 << 30) -> None:
         sites = {site.name: site.module for site in find_linears(model)}
-        self.modules: dict[str, nn.Linear] = {name: sites[name] for name in layers}
+        self.modules: dict[str, nn.Module] = {name: sites[name] for name in layers}
         self._limit = limit_bytes
         self._kept: OrderedDict[tuple[str, Scheme], Packed] = OrderedDict()
         self._size = 0
 
     def weight(self, layer: str) -> Tensor:
         """The layer's float weight [N, K]."""
-        return self.modules[layer].weight.detach()
+        return weight_of(self.modules[layer]).detach()
 
     def get(self, layer: str, candidate: Candidate) -> Packed:
         """The layer's weight in that scheme.
@@ -96,14 +97,14 @@ class Shadow:
         for site in find_linears(self.model):
             if site.name not in store.modules:
                 continue
-            linear = site.module
-            self._sites[site.name] = changes[linear] = QuantLinear(
+            n, k = size_of(site.module)
+            self._sites[site.name] = changes[site.module] = QuantLinear(
                 none,
                 store.get(site.name, none),
-                linear.bias,
-                linear.in_features,
-                linear.out_features,
-                dtype=linear.weight.dtype,
+                bias_of(site.module),
+                k,
+                n,
+                dtype=weight_of(site.module).dtype,
             )
             self._assigned[site.name] = NONE
         replace_modules(self.model, changes)

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from autoq.shards import DTYPE_NAMES, INDEX, PIECE_BYTES, SINGLE, bytes_of
+from autoq.shards import DTYPE_NAMES, INDEX, NOTE, PIECE_BYTES, SINGLE, bytes_of
 
 
 def why_not_stored(tensor: Tensor) -> str | None:
@@ -27,7 +27,9 @@ def why_not_stored(tensor: Tensor) -> str | None:
     return None if tensor.dtype in DTYPE_NAMES else f"a tensor of {tensor.dtype}".replace("torch.", "")
 
 
-def write_files(folder: Path, tensors: Mapping[str, Tensor], max_bytes: int) -> dict[str, dict[str, Any]]:
+def write_files(
+    folder: Path, tensors: Mapping[str, Tensor], max_bytes: int, note: str = ""
+) -> dict[str, dict[str, Any]]:
     """Write tensors as one file, or as numbered files with an index where they have more than ``max_bytes``.
 
     Only one tensor is copied at a time, and only one that is not contiguous or not on the CPU.
@@ -36,6 +38,7 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], max_bytes: int) -> 
         folder: where; files of the same names are overwritten.
         tensors: name → tensor of any strides and device.
         max_bytes: of tensors in a file. A larger tensor has a file of its own.
+        note: for the first file's metadata, under ``autoq``; empty for none.
 
     Returns:
         File name → its size in ``bytes`` and the ``sha256`` of each of its pieces.
@@ -45,9 +48,10 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], max_bytes: int) -> 
     """
     groups = groups_of(tensors, max_bytes)
     if len(groups) == 1:
-        return {SINGLE: _write(folder / SINGLE, groups[0])}
+        return {SINGLE: _write(folder / SINGLE, groups[0], note)}
     names = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
-    written = {name: _write(folder / name, group) for name, group in zip(names, groups, strict=True)}
+    notes = [note, *[""] * (len(groups) - 1)]
+    written = {name: _write(folder / name, group, text) for name, group, text in zip(names, groups, notes, strict=True)}
     weight_map = {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group}
     index = {
         "metadata": {"total_size": sum(one.nbytes for one in tensors.values())},
@@ -108,10 +112,10 @@ class _Hashed:
         self._digest = hashlib.sha256()
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _write(path: Path, tensors: Mapping[str, Tensor], note: str) -> dict[str, Any]:
     # The widest types come first, so that every tensor starts at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | ({NOTE: note} if note else {})}
     end = 0
     for name in order:
         tensor = tensors[name]

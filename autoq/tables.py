@@ -69,6 +69,23 @@ SENSITIVITY = pa.schema(
     ]
 )
 
+# One row: what the search took one scheme on one layer to cost, or why it is refused; then the values are null.
+COSTS = pa.schema(
+    [
+        ("layer", _TEXT),
+        ("unit", _TEXT),  # the layers that are decided together; the layer's own name where it is alone
+        ("scheme", _TEXT),
+        ("reason", _TEXT),  # why it is refused; empty otherwise
+        ("time_us", _REAL),  # the layer's part of a request
+        ("phases_us", _TEXT),  # JSON: phase → its part of one pass
+        ("loss", _REAL),  # on the scale that adds up over layers (squares, of a relative RMS)
+        ("loss_low", _REAL),  # 95 % interval
+        ("loss_high", _REAL),
+        ("measured", pa.bool_()),  # whether this layer was measured with this scheme alone
+        ("weight_bytes", _INT),
+    ]
+)
+
 # The label of the model itself, which has a row where `none` runs in autoq's kernels and is a plan of its own.
 UNQUANTIZED_LABEL = "unquantized"
 

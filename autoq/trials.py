@@ -92,9 +92,20 @@ class Run:
                     continue
             point = self._measure()
             if point is not None and progress is not None:
-                seen = len(self.points())
-                progress(seen, max(n_trials(), seen), _describe(point))
+                points = self.points()
+                progress(len(points), max(n_trials(), len(points)), self._told(point, points))
         studies.say_state(self.study, "done")
+
+    def _told(self, point: PlanPoint, points: Sequence[PlanPoint]) -> str:
+        """What was measured last, and the best so far, for people."""
+        stopped = "" if point.full else ", stopped early"
+        fitting = [one for one in points if one.fits(self.budget)]
+        best = min(fitting, key=lambda one: one.value(self.budget.metric), default=None)
+        if best is None:
+            return f"{_figures(point)}{stopped}; none within the budget so far"
+        none = self.definition.uniform.get("none")
+        gain = "" if none is None else f", {self.problem.time_us(none) / best.time_us:.2f} × as fast as none"
+        return f"{_figures(point)}{stopped}; best so far {_figures(best)}{gain}"
 
     def _check_deaths(self) -> None:
         """Stop where a plan kills whoever measures it, rather than let it kill every worker that there is."""
@@ -236,6 +247,6 @@ class Run:
         return point
 
 
-def _describe(point: PlanPoint) -> str:
-    stopped = "" if point.full else ", stopped early"
-    return f"{point.label}: {point.time_us:.0f} us, loss {point.evaluation.loss_delta:+.4g}{stopped}"
+def _figures(point: PlanPoint) -> str:
+    size = f"{point.time_us / 1e3:.4g} ms, {point.bytes / 1e6:.1f} MB"
+    return f"{point.label}: {size}, loss {point.evaluation.loss_delta:+.4g}"

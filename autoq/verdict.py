@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autoq.evaluation import Additive, LossBudget
+from autoq.additive import Additive
+from autoq.evaluation import LossBudget
 from autoq.plan import Plan
 from autoq.plan_text import finite
 from autoq.profiler import LatencyModel, Timing

@@ -31,6 +31,7 @@ _NAMES = {
     "eval_fn": "eval_fn",
     "metric": "metric",
     "autoq": "version of autoq",
+    "plugins": "plugins",
     "seed": "seed",
 }
 
@@ -175,5 +176,5 @@ def _check(study: str, wanted: Mapping[str, str], got: Mapping[str, str]) -> Non
             "a worker has the study's " + " and ".join(_NAMES[name] for name in differing),
             where=study,
             got="; ".join(f"{_NAMES[name]} {got[name]}, the study's {wanted.get(name)}" for name in differing),
-            fix="Give the worker the model and the --text and --rows that autoq tune was given.",
+            fix="Give the worker the model, the --text, the --rows and the packages that autoq tune had.",
         )

@@ -4,12 +4,15 @@ One operator serves every scheme: ``head`` is a view of the first 128 bytes of a
 and the kernel reads from it what to do. The defaults below run on any device and are what the kernels of
 `cpu` and `triton` are held against; those are registered for their device over the default.
 
+Inside ``torch.autocast`` x is converted to autocast's dtype, as ``nn.Linear`` converts it.
+
 ``y = x @ W.T + bias``; with 8 activation bits, each row of x·column_scale is first rounded to ``q·amax/127``, q in
 [-127, 127]: always, or where m_switch is not 0 in products of at least that many rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ SCHEMAS = (
     "dequantize(Tensor head, int n, int k) -> Tensor",
 )
 ACTIVATION_LEVELS = 127
+_AUTOCAST = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 
 
 def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,15 +96,19 @@ def linear(x: Tensor, head: Tensor, bias: Tensor | None, n: int) -> Tensor:
         [..., N] in the dtype of `x`; products are summed in float32, or exactly where activations are rounded.
 
     Raises:
+        TypeError: x is not of a floating-point type.
         layout.LayoutError: not a packed weight, or not of this shape.
     """
+    if not x.is_floating_point():
+        raise TypeError(f"autoq: x must be float32, bfloat16 or float16; got {x.dtype}")
     data = layout.buffer(head)
     form = layout.header(data)
     k = x.shape[-1]
     if (form.n, form.k) != (n, k):
         raise layout.LayoutError(f"the packed weight is [{form.n}, {form.k}]; the call says [{n}, {k}]")
     if form.kind is Kind.DENSE:
-        return torch.nn.functional.linear(x, layout.codes(data), bias)
+        w_NK = layout.codes(data).to(x.dtype)
+        return torch.nn.functional.linear(x, w_NK, None if bias is None else bias.to(x.dtype))
     x_MK = x.reshape(-1, k)
     y_MN: Tensor
     if form.activation_bits and len(x_MK) >= form.m_switch:
@@ -152,10 +160,29 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tenso
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         w_NK = torch.ops.autoq.dequantize(head, ctx.n, ctx.k)
-        grad_x = (grad.float() @ w_NK).to(ctx.dtype)
+        with _without_autocast():
+            grad_x = (grad.float() @ w_NK).to(ctx.dtype)
     if ctx.needs_input_grad[2]:
         grad_bias = grad.reshape(-1, ctx.n).float().sum(dim=0).to(ctx.bias_dtype)
     return grad_x, None, grad_bias, None
+
+
+def _without_autocast() -> Any:
+    keys = torch._C.DispatchKeySet(_AUTOCAST["cpu"]) | torch._C.DispatchKeySet(_AUTOCAST["cuda"])
+    return torch._C._ExcludeDispatchKeyGuard(keys)
+
+
+def _autocast(device: str) -> Callable[[Tensor, Tensor, Tensor | None, int], Tensor]:
+    """What ``linear`` is inside ``torch.autocast``; nothing that it does is converted once more."""
+
+    def linear(x: Tensor, head: Tensor, bias: Tensor | None, n: int) -> Tensor:
+        converted = x.is_floating_point() and x.dtype != torch.float64  # as autocast has it for nn.Linear
+        with _without_autocast():
+            x = x.to(torch.get_autocast_dtype(device)) if converted else x
+            result: Tensor = torch.ops.autoq.linear(x, head, bias, n)
+        return result
+
+    return linear
 
 
 def _register() -> torch.library.Library:
@@ -164,6 +191,8 @@ def _register() -> torch.library.Library:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     for name, default in (("linear", linear), ("dequantize", dequantize)):
         library.impl(name, default, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    for device, key in _AUTOCAST.items():
+        library.impl("linear", _autocast(device), key.name)  # type: ignore[no-untyped-call]
     torch.library.register_fake("autoq::linear", _linear_fake, lib=library)
     torch.library.register_fake("autoq::dequantize", _dequantize_fake, lib=library)
     torch.library.register_autograd("autoq::linear", _linear_backward, setup_context=_save_head, lib=library)

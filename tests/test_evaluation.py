@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from autoq import losses
+from autoq.additive import Additive
 from autoq.errors import InputError
-from autoq.evaluation import Additive, LossMeter, largest, loss_budget, paired
+from autoq.evaluation import LossMeter, largest, loss_budget, paired
 from autoq.losses import Batch, OutputKL, RelativeRMS, TokenNLL, as_batches, perplexity, token_nll
 from autoq.phase_forms import PhaseForms
 from autoq.scheme import Scheme

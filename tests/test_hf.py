@@ -56,7 +56,8 @@ def test_a_model_comes_back_in_one_line(saved):
     assert len(quantized_layers(loaded)) == 14
     assert plan_of(loaded) == plan_of(model)
     assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
-    assert loaded.config.to_dict() == model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    known = {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    assert loaded.config.to_dict() == model.config.to_dict() | known
     assert loaded.generate(TOKENS[:1], do_sample=False).shape == (1, 6 + 5)
 
 

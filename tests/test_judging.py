@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from autoq import candidates, pairs, sensitivity
+from autoq.additive import Additive
 from autoq.errors import ModelError
-from autoq.evaluation import Additive, Difference, LossMeter
+from autoq.evaluation import Difference, LossMeter
 from autoq.judging import Judge
 from autoq.losses import RelativeRMS, TokenNLL, as_batches
 from autoq.phase_forms import PhaseForms

@@ -14,11 +14,11 @@ from autoq.modules import (
     QuantLinear,
     evaluating,
     find_linears,
-    other_weights,
     quantized_layers,
     replace_module,
     unwrap,
 )
+from autoq.other_weights import other_weights
 from autoq.sections import assemble
 from autoq_kernels import layout
 
@@ -190,21 +190,28 @@ def test_filter_fn_gets_name_and_module():
 
 
 def test_other_weights_are_named_with_their_share_of_bytes():
-    class Conv1D(nn.Module):  # transformers' name
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(10, 10))
-
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
             self.gate_up_proj = nn.Parameter(torch.zeros(3, 10, 10))
 
-    model = nn.ModuleDict({"c": Conv1D(), "e": Experts(), "l": nn.Linear(10, 60, bias=False)})
-    found = other_weights(model)
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(10, 10))
+            self.token = nn.Parameter(torch.zeros(1, 1, 5))  # a vector
+
+    convolution, double = nn.Conv1d(5, 5, 3, bias=False), nn.Linear(5, 5, bias=False).double()
+    parts = {"r": Router(), "e": Experts(), "c": convolution, "d": double, "l": nn.Linear(10, 60, bias=False)}
+    model = nn.ModuleDict(parts)
+    total = 400 + 20 + 1200 + 300 + 200 + 2400
+    found = other_weights(model, {"l": "never called"})
     assert [(one.name, one.kind, one.size_bytes, one.share) for one in found] == [
-        ("e.gate_up_proj", "3-D parameter (experts)", 1200, 0.3),
-        ("c.weight", "transformers Conv1D", 400, 0.1),
+        ("l.weight", "linear layers: never called", 2400, 2400 / total),
+        ("e.gate_up_proj", "experts (3-D parameters)", 1200, 1200 / total),
+        ("r.weight", "parameters of other modules", 400, 400 / total),
+        ("c.weight", "convolutions", 300, 300 / total),
+        ("d.weight", "linear layers: its weight is float64", 200, 200 / total),
     ]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from autoq import pairs
+from autoq import estimates, pairs
 from autoq.errors import ModelError
 from autoq.knapsack import Option, Problem, Unit
 from autoq.losses import OutputKL, RelativeRMS, TokenNLL, UserLoss, as_batches
@@ -345,7 +345,7 @@ def blocks(ratios, count=40, scheme="int4"):
 
 def test_unmeasured_rows_are_scaled_by_the_ratio_of_their_role():
     rows = [*blocks({"q": 0.5, "v": 2.0}), row("9.q", "int8", 1.0), row("9.v", "fp6", 1.0), row("9.other", "fp6", 1.0)]
-    found = pairs.calibrated(rows)
+    found = estimates.calibrated(rows)
     assert found["3.q", "int4"] == 0.05
     assert found["9.q", "int8"] == pytest.approx(0.5, rel=0.1)
     assert found["9.v", "fp6"] == pytest.approx(2.0, rel=0.1)
@@ -356,7 +356,7 @@ def test_a_few_pairs_move_their_role_part_of_the_way():
     moved = []
     for count in (0, 1, 3, 30):
         rows = [*blocks({"q": 1.0}), *blocks({"v": 2.0}, count), row("30.v", "int4", 1.0)]
-        moved.append(pairs.calibrated(rows)["30.v", "int4"])
+        moved.append(estimates.calibrated(rows)["30.v", "int4"])
     assert moved[0] == pytest.approx(1.0, rel=1e-9)
     assert moved[0] < moved[1] < moved[2] < moved[3]
     assert moved[3] == pytest.approx(2.0, rel=0.1)
@@ -366,7 +366,7 @@ def test_a_few_pairs_move_their_role_part_of_the_way():
 def test_what_fades_on_its_way_through_the_model_is_seen():
     fading = [math.exp(0.05 * i) for i in range(20)]
     rows = [row(f"{i}.q", "int4", 1.0, fading[i] if i % 4 == 0 else None) for i in range(20)]
-    found = pairs.calibrated(rows)
+    found = estimates.calibrated(rows)
     for i in range(20):
         assert found[f"{i}.q", "int4"] == pytest.approx(fading[i], rel=0.1)
 
@@ -374,30 +374,46 @@ def test_what_fades_on_its_way_through_the_model_is_seen():
 def test_families_and_schemes_are_corrected_too():
     rows = [row(f"{i}.{role}", "int4", 0.1, 0.1 * (1 + i % 2)) for i in range(40) for role in "qkv"]
     rows += [row("20.x", "int4", 1.0), row("21.x", "int4", 1.0)]
-    alike = pairs.calibrated(rows)
+    alike = estimates.calibrated(rows)
     assert alike["20.x", "int4"] == pytest.approx(alike["21.x", "int4"], rel=0.01)
-    apart = pairs.calibrated(rows, {one["layer"]: f"family {int(one['layer'][:-2]) % 2}" for one in rows})
+    apart = estimates.calibrated(rows, {one["layer"]: f"family {int(one['layer'][:-2]) % 2}" for one in rows})
     assert apart["20.x", "int4"] == pytest.approx(1.0, rel=0.15)
     assert apart["21.x", "int4"] == pytest.approx(2.0, rel=0.15)
     rows = [*blocks({"q": 1.0}), *blocks({"v": 1.0}, scheme="int8")]
     rows += [row(f"{i}.q", "int8", 1.0, 2.0) for i in range(20)] + [row("20.q", "int8", 1.0), row("20.v", "int4", 1.0)]
-    found = pairs.calibrated(rows)
+    found = estimates.calibrated(rows)
     assert found["20.q", "int8"] > 1.05 > found["20.v", "int4"]
 
 
 def test_a_measurement_counts_by_its_interval():
     sure = [row("0.q", "int4", 1.0, 1.0, 1.01), row("1.q", "int4", 1.0, 2.0, 1.01), row("x.q", "int4", 1.0)]
     unsure = [sure[0], row("1.q", "int4", 1.0, 2.0, 3.0), sure[2]]
-    assert pairs.calibrated(unsure)["x.q", "int4"] < pairs.calibrated(sure)["x.q", "int4"]
+    assert estimates.calibrated(unsure)["x.q", "int4"] < estimates.calibrated(sure)["x.q", "int4"]
+
+
+def test_an_estimate_is_as_sure_as_the_measurements_of_its_kind_make_it():
+    rows = [*blocks({"q": 0.5}), row("9.q", "int8", 1.0), row("9.other", "fp6", 1.0)]
+    found = estimates.estimates(rows)
+    measured = found["3.q", "int4"]
+    assert measured == (0.05, rows[3]["measured_low"], rows[3]["measured_high"], True)
+    near, far = found["9.q", "int8"], found["9.other", "fp6"]
+    assert not near.measured
+    assert near.low * near.high == pytest.approx(near.loss**2)
+    # What is left of a pair itself, the parts of its scheme and of the measured one, and for another role those too.
+    assert math.log(near.high / near.loss) / 1.96 == pytest.approx(math.hypot(0.2, 0.1, 0.1), abs=0.01)
+    assert math.log(far.high / far.loss) / 1.96 == pytest.approx(math.hypot(0.2, 0.1, 0.1, 0.25, 0.25), abs=0.03)
+    (nothing,) = estimates.estimates([row("a", "int4", 1.0)]).values()
+    assert nothing.loss == 1.0
+    assert math.log(nothing.high) / 1.96 == pytest.approx(math.hypot(0.2, 1.0, 0.25, 0.1))
 
 
 def test_what_cannot_be_told_from_nothing_counts_as_not_measured():
     rows = [row("a", "int4", 1.0, 0.5), row("b", "int4", 1.0, 0.1), row("c", "int4", 1.0, -0.1)]
     rows[1]["measured_low"] = -0.1
-    found = pairs.calibrated(rows)
+    found = estimates.calibrated(rows)
     assert found["a", "int4"] == 0.5
-    alone = pairs.calibrated([rows[0], row("b", "int4", 1.0), row("c", "int4", 1.0)])
+    alone = estimates.calibrated([rows[0], row("b", "int4", 1.0), row("c", "int4", 1.0)])
     assert found == alone
     assert 0.5 < found["b", "int4"] < 1.0
     nothing = [row("a", "int4", 1.0), row("b", "int8", 2.0)]
-    assert pairs.calibrated(nothing) == {("a", "int4"): 1.0, ("b", "int8"): 2.0}
+    assert estimates.calibrated(nothing) == {("a", "int4"): 1.0, ("b", "int8"): 2.0}

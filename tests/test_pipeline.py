@@ -106,6 +106,35 @@ def test_every_row_of_the_measurements_says_what_ran(tuned):
     assert len(tuned[1].sensitivity) == 4 * 2  # layers, schemes
 
 
+def test_the_costs_add_up_to_the_problem_that_was_searched(tuned):
+    result = tuned[1]
+    costs = result.costs
+    assert list(costs.columns) == tables.COSTS.names
+    assert len(costs) == 4 * 3
+    for unit in result.problem.units:
+        for option in unit.options:
+            (row,) = costs[(costs["layer"] == unit.name) & (costs["scheme"] == option.scheme)].to_dict("records")
+            assert row["time_us"] == pytest.approx(option.time_us)
+            assert row["loss"] == pytest.approx(option.loss)
+            assert row["weight_bytes"] == option.bytes
+            assert row["loss_low"] <= row["loss"] <= row["loss_high"]
+            assert sum(json.loads(row["phases_us"]).values()) == pytest.approx(4 * option.time_us)  # batches a request
+    none = costs[costs["scheme"] == "none"]
+    assert none["loss"].tolist() == [0.0] * 4
+    assert costs["measured"].any()
+
+
+def test_a_tuning_explains_itself_from_its_folder(tuned, tmp_path):
+    result = tuned[1]
+    write_files(result, tmp_path)
+    found = autoq.explain(tmp_path)
+    assert [one.unit for one in found.choices] == [unit.name for unit in result.problem.units]
+    assert {one.unit: one.scheme for one in found.choices} == {name: str(s) for name, s in result.plan.layers.items()}
+    other = next(one for one in found.choices[0].alternatives if one.scheme.startswith("int4"))
+    assert other.change.weight_bytes < 0
+    assert str(found) == str(autoq.explain(result))
+
+
 def test_the_plan_carries_its_provenance_and_survives_the_file(tuned, tmp_path):
     plan = tuned[1].plan
     plan.save(tmp_path / "plan.json")

@@ -518,6 +518,7 @@ def test_silent_and_without_traces_in_optuna(tmp_path, capfd, recwarn):
     assert not recwarn.list
     assert seen[0][:2] == (1, 25)
     assert seen[0][2].startswith("none: ")
+    assert all("; best so far " in text and "× as fast as none" in text for _, _, text in seen)
 
 
 def test_arguments_that_do_not_fit_are_refused(tmp_path):

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from autoq.additive import Additive
 from autoq.calibration import calibrate
-from autoq.evaluation import Additive, LossBudget
+from autoq.evaluation import LossBudget
 from autoq.profiler import LatencyModel, Timing
 from autoq.profiler.end_to_end import UNQUANTIZED
 from autoq.scheme import NONE, Scheme

@@ -1,14 +1,18 @@
 """The quantization schemes autoq chooses from.
 
-``ALL`` has every scheme in every variant (the mixes at their usual ``m_switch``), ``DEFAULT`` those a search
-considers unless told otherwise, and ``parse`` reads one from its name: ``parse("sinq(bits=4,group_size=64)")``.
+``ALL`` has every scheme of autoq in every variant (the mixes at their usual ``m_switch``), ``DEFAULT`` those a search
+considers unless told otherwise, ``installed()`` those of other packages, and ``parse`` reads one from its name:
+``parse("sinq(bits=4,group_size=64)")``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from types import MappingProxyType
 
+from autoq import plugins
+from autoq.candidates.affine import AffineCandidate
 from autoq.candidates.base import Candidate, LinearOp, Packed
 from autoq.candidates.dynamic import Int4Dynamic, Int4Mix, Int8Mix
 from autoq.candidates.fp6 import Fp6
@@ -19,18 +23,23 @@ from autoq.candidates.sinq import Sinq
 from autoq.errors import CandidateError
 from autoq.scheme import BITS, FORMATS, GROUP_SIZES, METHODS, Scheme, Value
 
-__all__ = ["ALL", "DEFAULT", "Candidate", "LinearOp", "Packed", "parse"]
+__all__ = ["ALL", "DEFAULT", "AffineCandidate", "Candidate", "LinearOp", "Packed", "installed", "parse"]
 
-_CLASSES: tuple[type[Candidate], ...] = (
-    Unquantized,
-    Int8WeightOnly,
-    Int8Dynamic,
-    Int4Hqq,
-    Sinq,
-    Fp6,
-    Int4Dynamic,
-    Int8Mix,
-    Int4Mix,
+_CLASSES: Mapping[str, type[Candidate]] = MappingProxyType(
+    {
+        kind.key: kind
+        for kind in (
+            Unquantized,
+            Int8WeightOnly,
+            Int8Dynamic,
+            Int4Hqq,
+            Sinq,
+            Fp6,
+            Int4Dynamic,
+            Int8Mix,
+            Int4Mix,
+        )
+    }
 )
 
 ALL: tuple[Candidate, ...] = (
@@ -64,18 +73,11 @@ def parse(value: str | Scheme | Mapping[str, Value]) -> Candidate:
         value: the display form, the stored JSON object, or a :class:`~autoq.scheme.Scheme`.
 
     Raises:
-        CandidateError: if there is no such scheme or field, or a field's value is not allowed.
+        CandidateError: if neither autoq nor an installed plugin has such a scheme or field, a field's value is not
+            allowed, or the plugin does not work.
     """
     scheme = Scheme.of(value)
-    for kind in _CLASSES:
-        if kind.key == scheme.name:
-            break
-    else:
-        raise CandidateError(
-            "the scheme is one autoq knows",
-            got=repr(scheme.name),
-            fix=f"Choose from {', '.join(kind.key for kind in _CLASSES)}.",
-        )
+    kind = _CLASSES.get(scheme.name) or _plugin(scheme.name)
     known = [field.name for field in fields(kind)]
     names = [name for name, _ in scheme.fields]
     for name in names:
@@ -86,3 +88,20 @@ def parse(value: str | Scheme | Mapping[str, Value]) -> Candidate:
                 got=repr(name),
             )
     return kind(**dict(scheme.fields))
+
+
+def installed() -> tuple[Candidate, ...]:
+    """The schemes of installed plugins, each with every combination of its fields' values.
+
+    Raises:
+        CandidateError: if a plugin does not work, or its key is taken; the package is named.
+    """
+    return tuple(one for plugin in plugins.installed() for one in _plugin(plugin.key).variants())
+
+
+def _plugin(key: str) -> type[Candidate]:
+    """The class of an installed plugin."""
+    found = plugins.load(key)
+    if not issubclass(found, Candidate):
+        raise plugins.unusable(key, "a plugin's class is a subclass of autoq.candidates.Candidate", found.__qualname__)
+    return found

@@ -24,30 +24,54 @@ from autoq_kernels import layout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AffineCandidate(Candidate):
-    """A scheme in the affine group format; subclasses choose the grid of a group and column factors."""
+    """A scheme in the affine group format; subclasses choose the grid of a group and column factors.
+
+    A subclass says ``code_bits`` and overrides ``quantize_groups``, ``column_scale`` or both.
+
+    Attributes:
+        group_size: weights of a row that share a scale and a minimum; a multiple of 32.
+    """
 
     group_size: int = 64
 
     @property
     @abstractmethod
-    def _code_bits(self) -> int: ...
+    def code_bits(self) -> int:
+        """Bits of a code: 3, 4, 5, 6 or 8."""
+
+    def quantize_groups(self, w: Tensor) -> numerics.Grid:
+        """The grid of each group, and the codes on it.
+
+        Args:
+            w: float32 ``[rows, G, g]`` below 2¹³ in magnitude: some rows of the weight, divided by their powers of two
+                and by the column factors. g is ``group_size``, or less in a row's last group.
+
+        Returns:
+            Codes uint8 ``[rows, G, g]`` below 2^``code_bits``; scale and minimum float16 ``[rows, G]``.
+        """
+        quantize = numerics.hqq if self._method == "hqq" else numerics.rtn
+        return quantize(w, self.code_bits)
+
+    def column_scale(self, w_NK: Tensor) -> Tensor | None:
+        """Factors of the columns, by which the weight is divided before it is quantized.
+
+        Args:
+            w_NK: the weight ``[N, K]``, float32, bfloat16 or float16.
+
+        Returns:
+            Positive float32 ``[K]``, which the kernels multiply into the activation; None for none.
+        """
+        return None
 
     @property
     def _method(self) -> Literal["rtn", "hqq"]:
-        """How the grid of a group is chosen: :func:`autoq.numerics.rtn` or :func:`autoq.numerics.hqq`."""
+        """How ``quantize_groups`` chooses, unless it is overridden: the compiled kernels know both."""
         return "rtn"
 
-    def _quantize_groups(self, w: Tensor) -> numerics.Grid:
-        """Codes of float32 groups ``[rows, G, g]`` below 2¹³ in magnitude."""
-        quantize = numerics.hqq if self._method == "hqq" else numerics.rtn
-        return quantize(w, self._code_bits)
-
-    def _column_scale(self, w_NK: Tensor) -> Tensor | None:
-        """Column factors float32 ``[K]`` to divide the weight by before it is quantized."""
-        return None
-
     def _pack(self, w_NK: Tensor) -> Tensor:
-        column_K = self._column_scale(w_NK)
+        column_K = self.column_scale(w_NK)
+        if type(self).quantize_groups is not AffineCandidate.quantize_groups:
+            return self._pack_by_chunks(w_NK, column_K)
         data = compiled(
             w_NK,
             self._header | {"has_column_scale": column_K is not None},
@@ -64,7 +88,7 @@ class AffineCandidate(Candidate):
         """What the header says besides the shape."""
         return {
             "kind": layout.Kind.AFFINE,
-            "bits": self._code_bits,
+            "bits": self.code_bits,
             "group_size": self.group_size,
             "activation_bits": self.activation_bits,
             "m_switch": self.m_switch,
@@ -104,7 +128,7 @@ class AffineCandidate(Candidate):
         for part, size in ((slice(0, whole), self.group_size), (slice(whole, k), k - whole)):
             if part.start == part.stop:
                 continue
-            grid = self._quantize_groups(w_RK[:, part].reshape(r, -1, size))
+            grid = self.quantize_groups(w_RK[:, part].reshape(r, -1, size))
             groups = slice(part.start // self.group_size, -(-part.stop // self.group_size))
             codes[:, part] = grid.codes.reshape(r, -1)
             scale[:, groups], minimum[:, groups] = grid.scale, grid.minimum
@@ -127,4 +151,4 @@ class AffineCandidate(Candidate):
     def weight_bytes_for(self, n: int, k: int) -> int:
         """Codes of padded groups, two float16 a group and a float32 a row."""
         k_padded = padded(k, self.group_size)
-        return n * k_padded * self._code_bits // 8 + 4 * n * (k_padded // self.group_size) + 4 * n
+        return n * k_padded * self.code_bits // 8 + 4 * n * (k_padded // self.group_size) + 4 * n

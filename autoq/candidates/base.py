@@ -6,19 +6,21 @@ Legend: N output features, K input features, M rows of the activation.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 import autoq_kernels.ops  # noqa: F401 - defines torch.ops.autoq.linear and its plain-PyTorch default
 from autoq.errors import CandidateError
-from autoq.scheme import Scheme, Value
+from autoq.scheme import Choices, Scheme, Value
 from autoq_kernels import layout
 
 _log = logging.getLogger(__name__)
@@ -110,12 +112,25 @@ class Packed(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate(ABC):
-    """A quantization scheme. To add one, implement the abstract methods and list it in ``ALL``.
+    """A quantization scheme. To add one, implement the abstract methods; see docs/plugins.md.
 
-    Being in ``candidates.ALL`` enters it into the conformance suite, tests/candidates/test_conformance.py.
+    Attributes:
+        key: its name, lower case with dashes.
+        choices: field of the dataclass → the values it may have.
     """
 
     key: ClassVar[str]
+    choices: ClassVar[Choices] = MappingProxyType({})
+
+    def __post_init__(self) -> None:
+        for name, allowed in self.choices.items():
+            check_field(self, name, allowed)
+
+    @classmethod
+    def variants(cls) -> tuple[Self, ...]:
+        """The scheme with every combination of its fields' values."""
+        made = itertools.product(*cls.choices.values())
+        return tuple(cls(**dict(zip(cls.choices, values, strict=True))) for values in made)
 
     @property
     def scheme(self) -> Scheme:

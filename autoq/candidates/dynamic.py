@@ -12,11 +12,11 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from autoq.candidates.affine import AffineCandidate
-from autoq.candidates.base import Candidate, Packed, check_field, plus_bias, rounded_rows, section
+from autoq.candidates.base import Candidate, Packed, plus_bias, rounded_rows, section
 from autoq.candidates.int4_hqq import Int4Hqq
 from autoq.candidates.int8 import Int8Dynamic, Int8WeightOnly
 from autoq.candidates.sinq import Sinq
-from autoq.scheme import GROUP_SIZES, M_SWITCHES, METHODS
+from autoq.scheme import FIELDS, Choices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +32,8 @@ class Int4Dynamic(AffineCandidate):
     """
 
     key: ClassVar[str] = "int4dq"
+    choices: ClassVar[Choices] = FIELDS[key]
     method: str = "hqq"
-
-    def __post_init__(self) -> None:
-        check_field(self, "group_size", GROUP_SIZES)
-        check_field(self, "method", METHODS)
 
     @property
     def activation_bits(self) -> int:
@@ -49,15 +46,17 @@ class Int4Dynamic(AffineCandidate):
         return Int4Hqq(group_size=self.group_size) if self.method == "hqq" else Sinq(bits=4, group_size=self.group_size)
 
     @property
-    def _code_bits(self) -> int:
+    def code_bits(self) -> int:
+        """4."""
         return 4
 
     @property
     def _method(self) -> Literal["rtn", "hqq"]:
         return self._weight_only._method
 
-    def _column_scale(self, w_NK: Tensor) -> Tensor | None:
-        return self._weight_only._column_scale(w_NK)
+    def column_scale(self, w_NK: Tensor) -> Tensor | None:
+        """That of the scheme whose weights these are."""
+        return self._weight_only.column_scale(w_NK)
 
     def reference(self, x: Tensor, p: Packed, bias: Tensor | None = None) -> Tensor:
         """The sums over groups of whole-number products, scaled in float64."""
@@ -85,10 +84,8 @@ class Int8Mix(Int8Dynamic):
     """
 
     key: ClassVar[str] = "int8mix"
+    choices: ClassVar[Choices] = FIELDS[key]
     m_switch: int = 32
-
-    def __post_init__(self) -> None:
-        check_field(self, "m_switch", M_SWITCHES)
 
     def at_rows(self, m: int) -> Candidate:
         """``int8dq`` or ``int8wo``."""
@@ -110,11 +107,8 @@ class Int4Mix(Int4Dynamic):
     """
 
     key: ClassVar[str] = "int4mix"
+    choices: ClassVar[Choices] = FIELDS[key]
     m_switch: int = 32
-
-    def __post_init__(self) -> None:
-        Int4Dynamic.__post_init__(self)
-        check_field(self, "m_switch", M_SWITCHES)
 
     def at_rows(self, m: int) -> Candidate:
         """``int4dq`` of the same fields, or the scheme whose weights these are."""

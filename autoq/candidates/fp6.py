@@ -13,14 +13,13 @@ from autoq.candidates.base import (
     BLOCK,
     Candidate,
     Packed,
-    check_field,
     compiled,
     for_row_chunks,
     padded,
     plus_bias,
     section,
 )
-from autoq.scheme import FORMATS
+from autoq.scheme import FIELDS, Choices
 from autoq_kernels import layout
 
 
@@ -35,10 +34,8 @@ class Fp6(Candidate):
     """
 
     key: ClassVar[str] = "fp6"
+    choices: ClassVar[Choices] = FIELDS[key]
     format: str = "e3m2"
-
-    def __post_init__(self) -> None:
-        check_field(self, "format", FORMATS)
 
     @property
     def _form(self) -> numerics.FloatFormat:

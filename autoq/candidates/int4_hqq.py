@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from autoq.candidates.affine import AffineCandidate
-from autoq.candidates.base import check_field
-from autoq.scheme import GROUP_SIZES
+from autoq.scheme import FIELDS, Choices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,12 +18,11 @@ class Int4Hqq(AffineCandidate):
     """
 
     key: ClassVar[str] = "int4wo-hqq"
-
-    def __post_init__(self) -> None:
-        check_field(self, "group_size", GROUP_SIZES)
+    choices: ClassVar[Choices] = FIELDS[key]
 
     @property
-    def _code_bits(self) -> int:
+    def code_bits(self) -> int:
+        """4."""
         return 4
 
     @property

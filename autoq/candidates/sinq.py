@@ -10,8 +10,7 @@ from torch import Tensor
 
 from autoq import numerics
 from autoq.candidates.affine import AffineCandidate
-from autoq.candidates.base import check_field
-from autoq.scheme import BITS, GROUP_SIZES
+from autoq.scheme import FIELDS, Choices
 from autoq_kernels.cpu import build
 
 ITERATIONS = 16  # the published default
@@ -31,17 +30,16 @@ class Sinq(AffineCandidate):
     """
 
     key: ClassVar[str] = "sinq"
+    choices: ClassVar[Choices] = FIELDS[key]
     bits: int = 4
 
-    def __post_init__(self) -> None:
-        check_field(self, "bits", BITS)
-        check_field(self, "group_size", GROUP_SIZES)
-
     @property
-    def _code_bits(self) -> int:
+    def code_bits(self) -> int:
+        """``bits``."""
         return self.bits
 
-    def _column_scale(self, w_NK: Tensor) -> Tensor:
+    def column_scale(self, w_NK: Tensor) -> Tensor:
+        """The factors t."""
         if w_NK.device.type == "cpu":
             compiled: Tensor | None = build.sinkhorn(w_NK, self.group_size, ITERATIONS)
             if compiled is not None:

@@ -228,9 +228,14 @@ def _fresh(model: nn.Module) -> Callable[..., object]:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules of the longest ``nn.ModuleList`` whose members are all of one class; empty if there is none."""
+    """The modules of the longest ``nn.ModuleList`` whose members are all of one class; empty if there is none.
+
+    Lists of experts do not count, which run side by side.
+    """
     best: list[nn.Module] = []
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if "expert" in name.rpartition(".")[2].lower():
+            continue
         if isinstance(module, nn.ModuleList) and len(module) > max(1, len(best)):
             members = list(module)
             if len({type(member) for member in members}) == 1 and any(members[0].children()):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import autoq
-from autoq import calibration, definition, studies, tables
+from autoq import calibration, definition, result_files, studies, tables
 from autoq.cache import Fingerprint, ProfileCache, SensitivityCache
 from autoq.knapsack import Option, Problem, Unit
 from autoq.plan import Plan
@@ -222,15 +222,18 @@ def report(version: int) -> Any:
         workload=workload(version),
         notes=(f"version {version}",),
         front=tables.frame(rows, tables.FRONT),
+        costs=tables.frame([], tables.COSTS),
         measurements=tables.frame([], tables.MEASUREMENTS),
         sensitivity=tables.frame([], tables.SENSITIVITY),
     )
 
 
 def read_report(folder: Path) -> list[int]:
-    """The files are four, and each is whole; a kill between two leaves neighbouring versions."""
+    """The files are eight, and each is whole; a kill between two leaves neighbouring versions."""
     versions = plan_version(folder / "plan.json")
     (samples,) = set(tables.read(folder / "front.parquet", tables.FRONT)["samples"].to_pylist())
+    assert workload_version(folder / "workload.json")[0] in (versions[0], versions[0] - 1)
+    assert [tables.read(folder / name, schema) for name, schema in result_files.TABLES.items()]
     text = (folder / "report.html").read_text()
     assert text.endswith("</body></html>\n")
     noted = int(text.partition("<li>version ")[2].partition("<")[0])

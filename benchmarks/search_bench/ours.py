@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoq import pairs
+from autoq import estimates, pairs
 from autoq.judging import Judge
 from autoq.search import Assignment, Budget, Evaluation, SearchResult, search
 from search_bench.fronts import LOSS_UNIT, Plan
@@ -57,7 +57,7 @@ def start(frozen: Frozen, judge: Judge, scores: Sequence[Mapping[str, Any]], *, 
     per_pair = pairs.sample(judge.meter.batches, judge.meter.metric)[1]
     wanted = set(chosen)
     kept = [row if (row["layer"], row["scheme"]) in wanted else row | {"measured": None} for row in rows]
-    losses = pairs.calibrated(kept, frozen.families)
+    losses = estimates.calibrated(kept, frozen.families)
     return Start(frozen=frozen.with_losses(losses), tokens=tokens | {"pairs": (len(chosen) + 1) * per_pair})
 
 

@@ -5,6 +5,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/matmul.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -36,6 +37,7 @@ class LinearGradient : public torch::autograd::Function<LinearGradient> {
     static const auto weight = c10::Dispatcher::singleton()
                                    .findSchemaOrThrow("autoq::dequantize", "")
                                    .typed<Tensor(const Tensor&, int64_t, int64_t)>();
+    const c10::impl::ExcludeDispatchKeyGuard in_float(c10::autocast_dispatch_keyset);
     const Tensor gradient = gradients[0].to(at::kFloat);
     const int64_t n = gradient.size(-1), k = ctx->saved_data["k"].toInt();
     Tensor x_gradient, bias_gradient;

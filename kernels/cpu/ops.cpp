@@ -87,6 +87,15 @@ at::ScalarType dense_type(const Packed& w) {
   return w.bits == 16 ? at::kBFloat16 : w.bits == 17 ? at::kHalf : at::kFloat;
 }
 
+Tensor as_type(const Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
+
+// Multiplies a dense weight with stock kernels, which want one type: x's.
+Tensor run_stock(const Packed& w, const Tensor& x, const OptionalTensor& bias) {
+  const at::ScalarType type = x.scalar_type();
+  const OptionalTensor typed_bias = bias ? OptionalTensor(as_type(*bias, type)) : bias;
+  return at::linear(x, as_type(codes_view(w, dense_type(w)), type), typed_bias);
+}
+
 Typed offset(Typed a, int64_t elements) {
   const int64_t size = a.dtype == DType::kFloat ? 4 : 2;
   return {static_cast<char*>(a.data) + elements * size, a.dtype};
@@ -155,7 +164,7 @@ Tensor linear(const Tensor& x, const Tensor& head, const OptionalTensor& bias, i
   check_shape(w, n, x.size(-1));
   const DType dtype = dtype_of(x.scalar_type(), "x");
   const Path path = choose(w, x.numel() / w.k, dtype);
-  if (path == Path::kStock) return at::linear(x, codes_view(w, dense_type(w)), bias);
+  if (path == Path::kStock) return run_stock(w, x, bias);
   TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "autoq: bias must be [", n, "]");
   c10::SmallVector<int64_t, 5> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;

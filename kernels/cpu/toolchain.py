@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import shutil
+import signal
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -112,14 +115,19 @@ def compile_library(isa: Isa, compiler: Compiler, folder: Path, *, extra_flags: 
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     jobs: list[tuple[list[str], subprocess.Popen[str]]] = []
     objects: list[str] = []
-    for source in sorted(_HERE.glob("*.cpp")):
-        objects.append(str(folder / f"{source.stem}.o"))
-        command = [compiler.path, *_flags(isa), *extra_flags, *includes, "-c", str(source), "-o", objects[-1]]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        jobs.append((command, process))
-    for command, process in jobs:
-        output, _ = process.communicate(timeout=_COMPILE_SECONDS)
-        _check(command, process.returncode, output)
+    try:
+        for source in sorted(_HERE.glob("*.cpp")):
+            objects.append(str(folder / f"{source.stem}.o"))
+            command = [compiler.path, *_flags(isa), *extra_flags, *includes, "-c", str(source), "-o", objects[-1]]
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
+            )
+            jobs.append((command, process))
+        for command, process in jobs:
+            output, _ = process.communicate(timeout=_COMPILE_SECONDS)
+            _check(command, process.returncode, output)
+    finally:
+        _stop(process for _, process in jobs)
     library = folder / "kernels.so"
     paths = [f"-L{path}" for path in cpp_extension.library_paths()]
     # Linked without -fopenmp: OpenMP's functions must be those of the one runtime torch has loaded.
@@ -128,6 +136,14 @@ def compile_library(isa: Isa, compiler: Compiler, folder: Path, *, extra_flags: 
         timeout=_COMPILE_SECONDS,
     )
     return library
+
+
+def _stop(processes: Iterable[subprocess.Popen[str]]) -> None:
+    """End those that still run, each with its process group: a compiler is several processes."""
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _flags(isa: Isa) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ _MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yam
 # Where a module is imported by a name, and what the name is.
 _IMPORTS = {
     ("autoq/__init__.py", "import_module"),  # the package's own names, from a table in the source
-    ("autoq/hf.py", "import_module"),  # the word "transformers"
+    ("autoq/hf.py", "import_module"),  # the word "transformers"; the package's own names, from a table in the source
     ("autoq/loading.py", "import_module"),  # the words "transformers", "gguf"; module:function of the command line
 }
 # What loads a library: those that autoq compiled itself, and the C library.
@@ -54,6 +54,9 @@ _LIBRARIES = {
     ("kernels/cpu/memory.py", "CDLL"),
     ("autoq/folders.py", "CDLL"),
 }
+
+# Where installed packages are looked up, and whether by the group of autoq alone.
+_PLUGINS = ("autoq/plugins.py", True)
 
 
 def _sources():
@@ -83,6 +86,7 @@ def test_no_module_unpickles_evaluates_or_imports_what_a_file_says(path):
         assert not (plain and name in _RUNS), text
         assert not (name == "load" and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load")), text
         assert name != "import_module" or (where, name) in _IMPORTS, text
+        assert name != "entry_points" or (where, text.startswith("entry_points(group=GROUP")) == _PLUGINS, text
         assert name not in ("load_library", "CDLL", "LoadLibrary", "dlopen") or (where, name) in _LIBRARIES, text
         if name == "from_pretrained" and where.startswith("autoq/"):
             given = {one.arg: ast.unparse(one.value) for one in node.keywords}

@@ -5,6 +5,8 @@ import logging
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,6 +199,33 @@ def test_two_processes_at_once_compile_once(tmp_path, scripted):
     assert [eval(out)[0] for out, _ in results] == ["portable", "portable"], results
     assert (tmp_path / "links.log").read_text() == "link\n"
     assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".lock", ".so"]
+
+
+def test_a_compilation_that_ends_early_leaves_no_compilers_behind(tmp_path):
+    """As after Ctrl-C: the first source fails when the others have started, each with a process of its own."""
+    pids, script = tmp_path / "pids", tmp_path / "compiler"
+    script.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *activation.cpp*) until [ "$(wc -l < {pids})" -ge 3 ]; do sleep 0.01; done; exit 1;; esac\n'
+        f"sleep 1000 & echo $! >> {pids}; wait\n"
+    )
+    script.chmod(0o755)
+    pids.touch()
+    fake = toolchain.Compiler(path=str(script), version="0")
+    with pytest.raises(build.KernelBuildError, match="failed with 1"):
+        toolchain.compile_library("portable", fake, tmp_path)
+    started = pids.read_text().split()
+    assert len(started) >= 3
+    until = time.monotonic() + 60
+    while any(map(alive, started)):  # they were killed, which takes a moment
+        assert time.monotonic() < until, [pid for pid in started if alive(pid)]
+        time.sleep(0.01)
+
+
+def alive(pid):
+    """Whether a process still runs; one that is dead may stay listed until somebody asks for its exit code."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
 @pytest.mark.slow

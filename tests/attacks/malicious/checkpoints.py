@@ -9,7 +9,7 @@ from typing import Any
 from malicious.generic import Attack, pickled
 
 Entries = dict[str, Any]
-FIRST = "0.weight_header"  # of the packed weights, safetensors' names in order
+FIRST = "0.weight"  # of the packed weights, safetensors' names in order
 
 
 def _parts(path: Path) -> tuple[Entries, bytes]:
@@ -113,7 +113,7 @@ def packed_header(word: int, value: int) -> Attack:
     def attack(folder: Path) -> None:
         path = folder / "model.safetensors"
         header, body = _parts(path)
-        name = min(name for name, one in header.items() if name.endswith("header") and one["shape"] == [128])
+        name = min(name for name, one in header.items() if name.endswith(".weight") and one["shape"] == [128])
         at = header[name]["data_offsets"][0] + 4 * word
         changed = body[:at] + struct.pack("<I", value) + body[at + 4 :]
         write(path, json.dumps(header).encode(), changed)

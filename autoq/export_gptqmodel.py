@@ -1,0 +1,64 @@
+"""A plan as arguments of GPTQModel's ``QuantizeConfig``, with its ``dynamic`` map of regular expressions."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from typing import Any
+
+from autoq.errors import PlanError
+from autoq.export_rules import check_fused, check_width, refused
+from autoq.plan import Plan
+from autoq.scheme import Scheme
+
+_SCHEMES = "none, int8wo and int4wo-hqq"
+_REASONS = {
+    "sinq": "has no scheme with SINQ's column factors",
+    "fp6": "has integer codes only",
+    "int8dq": "keeps activations in 16 bits",
+    "int4dq": "keeps activations in 16 bits",
+    "int8mix": "keeps activations in 16 bits",
+    "int4mix": "keeps activations in 16 bits",
+}
+
+
+def gptqmodel(plan: Plan) -> tuple[str, list[str]]:
+    """The text, ``{"bits": …, "group_size": …, "sym": …, "dynamic": {…}}``, and its notes.
+
+    Args:
+        plan: what to export. Layers that it does not name are excluded, as those with ``none`` are.
+
+    Raises:
+        PlanError: if a scheme is none of GPTQModel's, a width does not fit, fused layers differ, or nothing would be
+            quantized.
+    """
+    check_fused(plan, "GPTQModel")
+    wanted = {layer: _settings(plan, layer, scheme) for layer, scheme in plan.layers.items()}
+    quantized = {layer: settings for layer, settings in wanted.items() if settings is not None}
+    if not quantized:
+        raise PlanError("GPTQModel quantizes at least one layer", got="a plan that quantizes none")
+    # The first pattern that matches counts, and a pattern has to match only the start of a name.
+    dynamic: dict[str, dict[str, Any]] = {f"+:^{re.escape(layer)}$": one for layer, one in quantized.items()}
+    dynamic["-:.*"] = {}
+    usual = Counter(json.dumps(one, sort_keys=True) for one in quantized.values()).most_common(1)[0][0]
+    value = {**json.loads(usual), "dynamic": dynamic}
+    if "lm_head" in quantized:
+        value["lm_head"] = True
+    names = {scheme.name for scheme in plan.layers.values()}
+    notes = ["GPTQModel chooses codes itself, with calibration data: the plan's losses do not carry over; measure."]
+    if "int4wo-hqq" in names:
+        notes.append("int4wo-hqq becomes 4 bits with a minimum per group (sym=false), which Marlin kernels do not run.")
+    return json.dumps(value, indent=1) + "\n", notes
+
+
+def _settings(plan: Plan, layer: str, scheme: Scheme) -> dict[str, Any] | None:
+    if scheme.name == "none":
+        return None
+    if scheme.name == "int8wo":
+        return {"bits": 8, "group_size": -1, "sym": True}
+    if scheme.name != "int4wo-hqq":
+        refused("GPTQModel", layer, scheme, _REASONS.get(scheme.name, "does not know the scheme"), _SCHEMES)
+    group_size = int(dict(scheme.fields).get("group_size", 64))
+    check_width(plan, "GPTQModel", layer, group_size)
+    return {"bits": 4, "group_size": group_size, "sym": False}

@@ -1,0 +1,58 @@
+"""A plan as torchao's ``FqnToConfig``, in the JSON of ``torchao.core.config.config_to_dict``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from autoq.export_rules import check_fused, check_width, refused
+from autoq.plan import Plan
+from autoq.scheme import Scheme
+
+_SCHEMES = "none, int8wo, int8dq and int4wo-hqq"
+_REASONS = {
+    "sinq": "has no scheme with SINQ's column factors",
+    "fp6": "has no 6-bit floats any more",
+    "int4dq": "has no HQQ or SINQ codes under int8 activations",
+    "int8mix": "has one scheme for all row counts",
+    "int4mix": "has one scheme for all row counts",
+}
+
+
+def torchao(plan: Plan) -> tuple[str, list[str]]:
+    """The text and its notes.
+
+    Args:
+        plan: what to export. Layers that it does not name are not in the text, and stay as they are.
+
+    Raises:
+        PlanError: if a scheme is none of torchao's, a width does not fit, or fused layers differ.
+    """
+    check_fused(plan, "torchao")
+    configs = {layer: _config(plan, layer, scheme) for layer, scheme in plan.layers.items()}
+    value = {"_type": "FqnToConfig", "_version": 1, "_data": {"fqn_to_config": configs}}
+    names = {scheme.name for scheme in plan.layers.values()}
+    notes = ["Losses are those of autoq's packing; torchao packs the float weights again."]
+    if "int4wo-hqq" in names:
+        notes.append("int4wo-hqq becomes torchao's HQQ in the layout of its tinygemm kernels, which needs a CUDA GPU.")
+    return json.dumps(value, indent=1) + "\n", notes
+
+
+def _config(plan: Plan, layer: str, scheme: Scheme) -> dict[str, Any] | None:
+    if scheme.name == "none":
+        return None
+    per_row = {"granularity": {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}}
+    if scheme.name == "int8wo":
+        return {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": per_row}
+    if scheme.name == "int8dq":
+        return {"_type": "Int8DynamicActivationInt8WeightConfig", "_version": 2, "_data": per_row}
+    if scheme.name != "int4wo-hqq":
+        refused("torchao", layer, scheme, _REASONS.get(scheme.name, "does not know the scheme"), _SCHEMES)
+    group_size = int(dict(scheme.fields).get("group_size", 64))
+    check_width(plan, "torchao", layer, group_size)
+    choices = {
+        "group_size": group_size,
+        "int4_packing_format": {"_type": "Int4PackingFormat", "_data": "TILE_PACKED_TO_4D"},
+        "int4_choose_qparams_algorithm": {"_type": "Int4ChooseQParamsAlgorithm", "_data": "HQQ"},
+    }
+    return {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": choices}
