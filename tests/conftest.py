@@ -1,10 +1,21 @@
 """What tests of several folders share."""
 
 import json
+import signal
 import subprocess
 import sys
 
 import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    """A shell that runs the tests in the background makes them ignore Ctrl-C, and so all processes that they start."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
