@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoq.errors import ModelError
-from autoq.modules import unwrap
+from autoq.modules import replace_modules, unwrap
 
 # What `transformers.integrations.use_experts_implementation` sets on every module of experts.
 _MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "_is_expert_parallel")
@@ -89,10 +89,7 @@ def split_experts(model: nn.Module) -> nn.Module:
             got="none",
             fix="Experts that are nn.Linear layers are quantized as they are; experts of another form are left alone.",
         )
-    for parent in list(root.modules()):
-        for name, child in parent._modules.items():
-            if child in changes:
-                parent._modules[name] = changes[child]
+    replace_modules(root, changes)
     return model
 
 

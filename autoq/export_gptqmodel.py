@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from autoq.errors import PlanError
-from autoq.export_rules import check_fused, check_width, refused
+from autoq.export_rules import check_fused, group_size_of, refused
 from autoq.plan import Plan
 from autoq.scheme import Scheme
 
@@ -59,6 +59,5 @@ def _settings(plan: Plan, layer: str, scheme: Scheme) -> dict[str, Any] | None:
         return {"bits": 8, "group_size": -1, "sym": True}
     if scheme.name != "int4wo-hqq":
         refused("GPTQModel", layer, scheme, _REASONS.get(scheme.name, "does not know the scheme"), _SCHEMES)
-    group_size = int(dict(scheme.fields).get("group_size", 64))
-    check_width(plan, "GPTQModel", layer, group_size)
+    group_size = group_size_of(plan, "GPTQModel", layer, scheme)
     return {"bits": 4, "group_size": group_size, "sym": False}

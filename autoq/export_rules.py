@@ -43,6 +43,17 @@ def width(plan: Plan, layer: str) -> int | None:
     return None if known is None else int(known["k"])
 
 
+def group_size_of(plan: Plan, program: str, layer: str, scheme: Scheme) -> int:
+    """The inputs in a group of an int4wo-hqq layer.
+
+    Raises:
+        PlanError: if the layer's width is no whole number of them.
+    """
+    size = int(dict(scheme.fields).get("group_size", 64))
+    check_width(plan, program, layer, size)
+    return size
+
+
 def check_width(plan: Plan, program: str, layer: str, group: int) -> None:
     """Refuse a layer whose inputs are no multiple of the group: the program would leave it out, or pad it.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from autoq.export_rules import check_fused, check_width, refused
+from autoq.export_rules import check_fused, group_size_of, refused
 from autoq.plan import Plan
 from autoq.scheme import Scheme
 
@@ -48,8 +48,7 @@ def _config(plan: Plan, layer: str, scheme: Scheme) -> dict[str, Any] | None:
         return {"_type": "Int8DynamicActivationInt8WeightConfig", "_version": 2, "_data": per_row}
     if scheme.name != "int4wo-hqq":
         refused("torchao", layer, scheme, _REASONS.get(scheme.name, "does not know the scheme"), _SCHEMES)
-    group_size = int(dict(scheme.fields).get("group_size", 64))
-    check_width(plan, "torchao", layer, group_size)
+    group_size = group_size_of(plan, "torchao", layer, scheme)
     choices = {
         "group_size": group_size,
         "int4_packing_format": {"_type": "Int4PackingFormat", "_data": "TILE_PACKED_TO_4D"},

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -35,3 +36,17 @@ def report_of(tmp_path_factory):
         return json.loads(report.read_text())
 
     return run
+
+
+@pytest.fixture
+def linear_devices(monkeypatch):
+    """Kinds of devices on which ``nn.Linear`` layers are made during the test."""
+    devices = set()
+    real = torch.nn.Linear.__init__
+
+    def spy(self, *arguments, **options):
+        real(self, *arguments, **options)
+        devices.add(self.weight.device.type)
+
+    monkeypatch.setattr(torch.nn.Linear, "__init__", spy)
+    return devices

@@ -61,18 +61,10 @@ def test_a_model_comes_back_in_one_line(saved):
     assert loaded.generate(TOKENS[:1], do_sample=False).shape == (1, 6 + 5)
 
 
-def test_the_model_is_built_without_weights(saved, monkeypatch):
+def test_the_model_is_built_without_weights(saved, linear_devices):
     _, folder = saved
-    devices = set()
-    real = torch.nn.Linear.__init__
-
-    def spy(self, *arguments, **options):
-        real(self, *arguments, **options)
-        devices.add(self.weight.device.type)
-
-    monkeypatch.setattr(torch.nn.Linear, "__init__", spy)
     hf.load(folder)
-    assert devices == {"meta"}
+    assert linear_devices == {"meta"}
 
 
 def test_a_model_without_a_head_and_in_shards(tmp_path):

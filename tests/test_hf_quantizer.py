@@ -118,17 +118,9 @@ def test_nothing_is_missing_unexpected_or_read_twice(folder, caplog, monkeypatch
     assert "REPORT" not in caplog.text
 
 
-def test_the_model_is_built_without_float_weights(folder, monkeypatch):
-    devices = set()
-    real = torch.nn.Linear.__init__
-
-    def spy(self, *arguments, **options):
-        real(self, *arguments, **options)
-        devices.add(self.weight.device.type)
-
-    monkeypatch.setattr(torch.nn.Linear, "__init__", spy)
+def test_the_model_is_built_without_float_weights(folder, linear_devices):
     transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert devices == {"meta"}
+    assert linear_devices == {"meta"}
 
 
 def test_save_pretrained_of_a_tuned_model_opens_again(resaved, model):

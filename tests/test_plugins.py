@@ -194,7 +194,8 @@ def test_a_checkpoint_of_a_missing_plugin_names_scheme_and_package(used):
 
 
 def test_a_hand_written_plan_of_an_unknown_scheme_names_the_schemes():
-    with pytest.raises(PlanError, match=r"scheme is one of none, int8wo, .*or of an installed plugin; got 'int5wo'"):
+    rule = r"scheme is one of none, int8wo, .*or of an installed plugin; got 'int5wo'"
+    with pytest.raises(PlanError, match=rule + r"\. Correct or restore the file, or tune again\.$"):
         Plan.from_json({"schema": 2, "layers": {"fc": {"scheme": "int5wo"}}})
 
 
