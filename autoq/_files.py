@@ -221,8 +221,11 @@ def _fault(value: Any, path: list[str | int]) -> tuple[str, str] | None:
     if isinstance(value, _Twice):
         return f"{_text(path)}: a key appears once in an object", shown(value.key)
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-        if isinstance(key, str) and _scalar_fault(key):
+        if isinstance(key, str) and not key.isascii() and _scalar_fault(key):
             return f"{_text(path)}: keys are valid Unicode", shown(key)
+        kind = type(inner)  # most values are short texts and numbers: no call for them
+        if (kind is str and inner.isascii()) or (kind is int and 0 <= inner < 2**63):
+            continue
         path.append(key)
         fault = _fault(inner, path)
         if fault is not None:

@@ -28,7 +28,7 @@ from autoq.checkpoint_files import (
 from autoq.errors import CheckpointError
 from autoq.folders import new_folder, resolved
 from autoq.hf_marks import mark
-from autoq.installing import install, skeleton
+from autoq.installing import install, skeleton, without_collection
 from autoq.modules import quantized_layers, unwrap
 from autoq.opening import printable
 from autoq.plan_text import text_of
@@ -112,7 +112,7 @@ def load_quantized(model_or_factory: nn.Module | Callable[[], nn.Module], direct
             unchanged then.
         CandidateError: if a scheme is unknown to this version.
     """
-    with opened(Path(directory)) as checkpoint:
+    with without_collection(), opened(Path(directory)) as checkpoint:
         if isinstance(model_or_factory, nn.Module):
             install(model_or_factory, checkpoint)
             mark(model_or_factory)

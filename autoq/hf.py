@@ -21,7 +21,7 @@ from autoq.checkpoint_files import CONFIG, GENERATION, Checkpoint, opened
 from autoq.errors import CheckpointError, InputError
 from autoq.hf_marks import mark
 from autoq.hf_settings import BACKBONE, IMPLEMENTATION, settings
-from autoq.installing import install, skeleton
+from autoq.installing import install, skeleton, without_collection
 from autoq.stored import CONFIG_KEY, reshape
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def load(folder: str | Path, *, attn_implementation: str | None = None) -> Any:
         CheckpointError: as ``autoq.load_quantized``, and if transformers cannot build the model from its configuration.
     """
     transformers = _transformers()
-    with opened(Path(folder)) as checkpoint:
+    with without_collection(), opened(Path(folder)) as checkpoint:
         model = _built(transformers, checkpoint, attn_implementation)
         reshape(model, checkpoint)
         install(model, checkpoint)

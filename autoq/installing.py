@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from autoq.candidates import Candidate
 from autoq.checkpoint_files import PLAN, Checkpoint
 from autoq.errors import AutoqError, CheckpointError
 from autoq.linear_layers import bias_of, size_of, weight_of
@@ -22,11 +25,47 @@ _MISFIT = "Pass a float model of the same structure as the one that was saved."
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves meta tensors as they are where a module draws its first values: there are none, and drawing takes time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func in _DRAWING:
+            tensor = args[0] if args else given.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **given)
+
+
+_DRAWING = frozenset(
+    {
+        *(one for name, one in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")),
+        *(getattr(Tensor, name) for name in ("fill_", "normal_", "uniform_", "zero_")),
+    }
+)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """No cyclic garbage collection meanwhile.
+
+    Building a model makes many objects and no garbage, but their number sets off a full collection, which in a process
+    with torch and transformers imported takes as long as loading a small model.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def skeleton(factory: Callable[[], nn.Module]) -> nn.Module | None:
     """The factory's model on the meta device, without values; None if it cannot be built so."""
     # Building on the meta device fails with these wherever a value is needed.
     with suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             model = factory()
         plain = (value for module in model.modules() for value in vars(module).values())
         if not any(isinstance(value, Tensor) and value.is_meta for value in plain):
@@ -78,8 +117,9 @@ def _install(root: nn.Module, checkpoint: Checkpoint) -> None:
     checkpoint.read(targets | places)
     places.clear()
     changes: dict[nn.Module, QuantLinear] = {}
+    schemes: dict[bytes, Candidate] = {}
     for name, linear in linears.items():
-        changes[linear] = _layer(name, checkpoint.layers[name]["dtype"], linear, buffers.pop(name))
+        changes[linear] = _layer(name, checkpoint.layers[name]["dtype"], linear, buffers.pop(name), schemes)
     values = _values(holders, sources, targets)
     for name, (module, leaf, _) in holders.items():
         owner = changes.get(module, module)
@@ -140,9 +180,9 @@ def _name_in_files(checkpoint: Checkpoint, layer: str, section: str) -> str:
     return own if own in checkpoint.forms else stored_name(layer, section)
 
 
-def _layer(name: str, dtype: str, linear: nn.Module, buffer: Unfilled) -> QuantLinear:
+def _layer(name: str, dtype: str, linear: nn.Module, buffer: Unfilled, schemes: dict[bytes, Candidate]) -> QuantLinear:
     """The quantized layer, still with the old bias."""
-    packed, candidate = finished(buffer, where=name)
+    packed, candidate = finished(buffer, where=name, schemes=schemes)
     weight = weight_of(linear)
     if not weight.is_meta:
         packed = packed._replace(data=packed.data.to(weight.device))

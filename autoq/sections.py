@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -85,22 +86,23 @@ def allocate(forms: Forms, *, where: str, device: torch.device | str = "cpu") ->
     return Unfilled(data, views)
 
 
-def finished(buffer: Unfilled, *, where: str) -> tuple[Packed, Candidate]:
+def finished(
+    buffer: Unfilled, *, where: str, schemes: dict[bytes, Candidate] | None = None
+) -> tuple[Packed, Candidate]:
     """The packed weight of a filled buffer, and its scheme.
 
     Args:
         buffer: every section copied in.
         where: the layer's name, for error messages.
+        schemes: text → scheme of those that were understood before; a new one is added.
 
     Raises:
         CheckpointError: if the header is not that of these sections, or of another scheme.
         CandidateError: if the scheme is unknown.
     """
     text = bytes(buffer.views[SCHEME].tolist())
-    value = parse_json(text, CheckpointError, what="a layer's scheme", where=where)
-    if not isinstance(value, dict):
-        raise CheckpointError("a layer's scheme is a JSON object", where=where, got=shown(value))
-    candidate = candidates.parse(value)
+    known = {} if schemes is None else schemes
+    candidate = known.get(text) or known.setdefault(text, _scheme(text, where))
     try:
         form = layout.header(buffer.data)
         _check_numbers(form, buffer)
@@ -113,6 +115,13 @@ def finished(buffer: Unfilled, *, where: str) -> tuple[Packed, Candidate]:
     if not candidate.fits(form):
         raise CheckpointError(f"the header is one of {candidate.scheme}", where=where, got=form)
     return Packed(buffer.data), candidate
+
+
+def _scheme(text: bytes, where: str) -> Candidate:
+    value = parse_json(text, CheckpointError, what="a layer's scheme", where=where)
+    if not isinstance(value, dict):
+        raise CheckpointError("a layer's scheme is a JSON object", where=where, got=shown(value))
+    return candidates.parse(value)
 
 
 def assemble(sections: Mapping[str, Tensor], *, where: str) -> tuple[Packed, Candidate]:
@@ -141,7 +150,16 @@ def _check_numbers(form: layout.Header, buffer: Unfilled) -> None:
     small = form.n > 0 and form.k > 0 and form.n * form.k <= most and 0 <= form.group_size <= _MAX_GROUP
     if not small or form.total_bytes != total:
         raise layout.LayoutError(f"{total} bytes hold another weight than {form}")
-    made = layout.allocate(  # refuses fields that contradict each other
+    made = _bytes_of(form)
+    groups = -(-form.k // form.group_size) if form.group_size else 0
+    if made != total or form.groups != groups:
+        raise layout.LayoutError(f"a weight of {form} has {made} bytes and {groups} groups, not {total}")
+
+
+@lru_cache(maxsize=256)
+def _bytes_of(form: layout.Header) -> int:
+    """What a weight of these fields takes; fields that contradict each other are refused with a LayoutError."""
+    made = layout.allocate(
         kind=form.kind,
         bits=form.bits,
         n=form.n,
@@ -152,9 +170,7 @@ def _check_numbers(form: layout.Header, buffer: Unfilled) -> None:
         has_column_scale=form.column_scale_offset != 0,
         device="meta",
     )
-    groups = -(-form.k // form.group_size) if form.group_size else 0
-    if len(made) != total or form.groups != groups:
-        raise layout.LayoutError(f"a weight of {form} has {len(made)} bytes and {groups} groups, not {total}")
+    return len(made)
 
 
 def _sections(data: Tensor) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 import base64
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import pytest
 import safetensors
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from autoq import candidates
 from autoq.applying import apply, plan_of
@@ -37,6 +39,18 @@ class Net(nn.Module):
     def forward(self, tokens):
         x = self.norm(self.embed(tokens)) * self.table
         return self.head(x + self.down(self.again(x).relu()))
+
+
+class TorchCalls(TorchFunctionMode):
+    """Which functions of torch reach torch itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func)
+        return func(*args, **(kwargs or {}))
 
 
 SCHEMA_1_TENSORS = (
@@ -155,6 +169,43 @@ def test_a_factory_is_built_without_weights_when_it_can_be(saved):
     assert devices == ["meta"]
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cpu"}
     assert not model.training
+
+
+def test_values_are_drawn_for_no_meta_tensor_and_for_every_other(saved):
+    model, folder = saved
+
+    class Drawing(Net):
+        def __init__(self):
+            super().__init__()
+            nn.init.orthogonal_(self.up.weight)
+            self.embed.weight.data.normal_()
+            self.drawn = nn.init.constant_(torch.empty(3, device="cpu"), 2.0).sum().item()
+
+    with TorchCalls() as calls:
+        loaded = load_quantized(Drawing, folder)
+    assert loaded.drawn == 6.0
+    assert not calls.seen & {torch.Tensor.uniform_, torch.Tensor.normal_, torch.linalg.qr}
+    assert torch.equal(loaded(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_after_loading_as_before(saved, enabled):
+    _, folder = saved
+    seen = []
+
+    def factory():
+        seen.append(gc.isenabled())
+        return Net()
+
+    (gc.enable if enabled else gc.disable)()
+    try:
+        load_quantized(factory, folder)
+        with pytest.raises(CheckpointError):
+            load_quantized(nn.Sequential, folder)
+        assert seen == [False]
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
 
 
 def test_a_factory_that_needs_values_is_built_with_them(saved):
