@@ -63,8 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, help="autoq's cache folder; default ~/.cache/autoq")
     parser.add_argument("--reference", type=Path, default=Path(__file__).parent / "search_reference.json")
     parser.add_argument("--trials", type=int, help=f"plans of a baseline ({LONG}) or of the reference ({REFERENCE})")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each baseline")
-    parser.add_argument("--seed", type=int, default=0, help="of our search")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each search, ours and the baselines', from 0 up")
     parser.add_argument("--units", type=int, default=UNITS, help="evaluations of 4,096 tokens that ours may take")
     parser.add_argument("--pairs", type=int, default=pairs.COUNT, help="losses measured one layer at a time; 0: none")
     parser.add_argument("--max-degradation", type=float, default=0.05, help="budget of one tuning (once)")
@@ -134,7 +133,7 @@ def measure_spearman(bench: Bench) -> dict[str, Any]:
     models = {
         "scores": bench.frozen.problem,
         "calibrated by pairs": bench.start.frozen.problem,
-        "fitted to our search": bench.outcome.result.refitted,
+        "fitted to our search": bench.outcome(0).result.refitted,
     }
     found = accuracy.losses(bench.frozen, models, bench.measurer(), ROWS, count=40, seed=1, say=say)
     best = found["models"]["fitted to our search"]
@@ -151,12 +150,12 @@ def measure_block(bench: Bench) -> dict[str, Any]:
     problem = regret.block_problem(bench.frozen, bench.tuning)
     changes = regret.block_changes(problem, bench.tuning, bench.store, ROWS, say)
     families = {unit.name: unit.name for unit in problem.units}
-    return {"regret_block": regret.regrets(problem, families, changes)}
+    return {"regret_block": regret.regrets(problem, families, changes, seeds=bench.options.seeds)}
 
 
 def measure_small(bench: Bench) -> dict[str, Any]:
     frozen, problem, changes = regret.small_problem(bench.options.cache)
-    return {"regret_small": regret.regrets(problem, frozen.families, changes)}
+    return {"regret_small": regret.regrets(problem, frozen.families, changes, seeds=bench.options.seeds)}
 
 
 def measure_seconds(bench: Bench) -> dict[str, Any]:

@@ -206,8 +206,9 @@ def test_a_regret_is_the_extra_time_over_the_best_of_all_plans(bench):
     frozen = frozen_problem(bench, units=5)
     changes = {p: true_losses(frozen.problem, p) for p in bench.regret.every_plan(frozen.problem)}
     assert len(changes) == 3**5
-    rows = bench.regret.regrets(frozen.problem, frozen.families, changes, n_trials=40)
-    assert rows
+    rows = bench.regret.regrets(frozen.problem, frozen.families, changes, n_trials=40, seeds=2)
+    assert [row["seed"] for row in rows] == [0, 1] * (len(rows) // 2)
+    assert len({row["max_loss"] for row in rows}) == len(rows) // 2 > 0
     for row in rows:
         allowed = [p for p, one in changes.items() if bench.store.as_evaluation(one).high <= row["max_loss"]]
         best = min(frozen.problem.time_us(plan) for plan in allowed)

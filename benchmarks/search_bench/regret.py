@@ -42,15 +42,16 @@ def every_plan(problem: Problem) -> list[Assignment]:
 
 
 def regrets(
-    problem: Problem, families: Mapping[str, str], changes: Changes, *, n_trials: int = _TRIALS
+    problem: Problem, families: Mapping[str, str], changes: Changes, *, n_trials: int = _TRIALS, seeds: int = 1
 ) -> list[dict[str, Any]]:
-    """One row per limit: the best plan there is, the search's, and how much slower it is.
+    """One row per limit and seed: the best plan there is, the search's, and how much slower it is.
 
     Args:
         problem: with predicted losses; the search does not see ``changes`` but through its evaluations.
         families: unit → family.
         changes: every plan's change of the loss per sample.
         n_trials: plans the search may measure.
+        seeds: searches for each limit.
     """
     evaluations = {plan: as_evaluation(found) for plan, found in changes.items()}
     highs = sorted(evaluation.high for evaluation in evaluations.values())
@@ -60,17 +61,19 @@ def regrets(
         if not max_loss > 0:
             continue
         best = min(problem.time_us(plan) for plan, one in evaluations.items() if one.high <= max_loss)
-        found, used = _searched(problem, families, evaluations, max_loss, n_trials)
-        rows.append(
-            {
-                "max_loss": max_loss,
-                "best_us": best,
-                "found_us": found,
-                "regret": found / best - 1.0,
-                "evaluations": used,
-                "plans": len(evaluations),
-            }
-        )
+        for seed in range(seeds):
+            found, used = _searched(problem, families, evaluations, max_loss, n_trials, seed)
+            rows.append(
+                {
+                    "max_loss": max_loss,
+                    "seed": seed,
+                    "best_us": best,
+                    "found_us": found,
+                    "regret": found / best - 1.0,
+                    "evaluations": used,
+                    "plans": len(evaluations),
+                }
+            )
     return rows
 
 
@@ -80,6 +83,7 @@ def _searched(
     evaluations: Mapping[Assignment, Evaluation],
     max_loss: float,
     n_trials: int,
+    seed: int,
 ) -> tuple[float, int]:
     """Time of the best plan the search finds within the limit, and how many plans it measured."""
 
@@ -98,6 +102,7 @@ def _searched(
             fingerprint="every plan",
             n_trials=n_trials,
             fidelities=1,
+            seed=seed,
         )
     return (result.finalists[0].time_us if result.finalists else math.inf), len(result.points)
 
