@@ -18,7 +18,7 @@ from autoq.evaluation import Difference, EvalFn, LossMeter, largest
 from autoq.language import rows_as_batches, tokens_of
 from autoq.losses import LossFn, as_batches, default_metric, is_causal_lm
 from autoq.modules import FilterFn, evaluating, find_linears, unwrap
-from autoq.pipeline import Tuning, tune
+from autoq.pipeline import tune
 from autoq.plan import Plan
 from autoq.profiler.end_to_end import UNQUANTIZED
 from autoq.profiler.timing import Timing
@@ -27,6 +27,7 @@ from autoq.scheme import NONE, Scheme
 from autoq.search import Objective
 from autoq.shadow import PackedStore, Shadow
 from autoq.ties import Ties, checked
+from autoq.tuning import Tuning
 from autoq.waiting import Waiting
 from autoq.workload import Phase
 

@@ -17,14 +17,15 @@ from autoq.fitting import fit
 from autoq.language import rows_as_batches, tokens_of
 from autoq.losses import as_batches, is_causal_lm
 from autoq.modules import compile_arguments, device_of, evaluating, find_linears, unwrap
-from autoq.pipeline import default_phases, versions
 from autoq.plan import Plan
 from autoq.plan_text import finite
 from autoq.profiler import Timing
 from autoq.profiler.end_to_end import UNQUANTIZED
+from autoq.provenance import versions
 from autoq.quantizing import Measured, check_layers
 from autoq.scheme import NONE
 from autoq.shadow import PackedStore
+from autoq.tuning_inputs import default_phases
 from autoq.workload import Phase
 
 _Times = Mapping[str, Timing]  # by phase

@@ -16,8 +16,8 @@ from autoq.errors import InputError
 from autoq.evaluation import EvalFn
 from autoq.leases import PATIENCE
 from autoq.losses import LossFn
-from autoq.pipeline import Tuning
 from autoq.results import Settings
+from autoq.tuning import Tuning
 
 if TYPE_CHECKING:
     import optuna

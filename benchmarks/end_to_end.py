@@ -19,11 +19,11 @@ import torch
 import autoq
 from autoq import candidates
 from autoq.loading import inputs, load_model
-from autoq.pipeline import Tuning
 from autoq.plan import Plan
 from autoq.profiler.end_to_end import UNQUANTIZED
 from autoq.results import Settings
 from autoq.scheme import Scheme
+from autoq.tuning import Tuning
 
 TUNED = "tuned"
 

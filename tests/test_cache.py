@@ -20,8 +20,8 @@ from autoq.cache import Fingerprint, ProfileCache, SensitivityCache, parts
 from autoq.cache.fingerprint import CONDITIONS
 from autoq.cache.store import read_calibration
 from autoq.errors import CacheError, InputError
-from autoq.pipeline import Tuning
 from autoq.results import Settings
+from autoq.tuning import Tuning
 from autoq.workload import Phase
 
 WORKER = Path(__file__).with_name("cache_worker.py")

@@ -16,11 +16,11 @@ from torch import nn
 from autoq import candidates, cli, tables
 from autoq.cache import Fingerprint, ProfileCache, SensitivityCache, housekeeping, sharing
 from autoq.errors import CacheError
-from autoq.pipeline import Tuning
 from autoq.plan import Plan
 from autoq.profiler import Remeasured, isolated_times, profile, remeasure
 from autoq.profiler import isolated as isolated_module
 from autoq.results import Settings
+from autoq.tuning import Tuning
 from autoq.workload import LayerInfo, LinearCall, PhaseInfo, Workload
 
 NONE, INT8, INT4 = (candidates.parse(name) for name in ("none", "int8wo", "int4wo-hqq(group_size=64)"))

@@ -13,9 +13,9 @@ from autoq import language, quantizing
 from autoq.candidates import Packed
 from autoq.errors import CacheError, InputError, PlanError
 from autoq.modules import QuantLinear, quantized_layers
-from autoq.pipeline import Tuning
 from autoq.profiler import isolated as isolated_module
 from autoq.results import Settings, TuneResult
+from autoq.tuning import Tuning
 
 
 @pytest.fixture(autouse=True)

@@ -320,7 +320,7 @@ def test_phases_that_no_plan_can_have_are_refused_before_anything_is_timed(untim
 
 
 def test_tune_refuses_phases_that_no_plan_can_have_before_anything_is_measured(monkeypatch, tmp_path):
-    monkeypatch.setattr("autoq.pipeline.Tuning.profile", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("autoq.tuning.Tuning.profile", lambda *_: pytest.fail("measured"))
     with pytest.raises(InputError, match=r"a phase's name is printable text; got 'a\\nb'"):
         autoq.tune(net(), phases={"a\nb": autoq.Phase(X)}, cache_dir=tmp_path)
 

@@ -411,7 +411,7 @@ def toy(tmp_path, monkeypatch):
 
 
 def test_tune_publishes_what_a_worker_needs_and_strangers_are_refused(toy, storage, capsys):
-    from autoq import candidates, cli, pipeline
+    from autoq import candidates, cli, pipeline, results, tuning
 
     sys.path.insert(0, str(toy))
     try:
@@ -443,16 +443,16 @@ def test_tune_publishes_what_a_worker_needs_and_strangers_are_refused(toy, stora
     assert printed["evaluations"] >= 2
 
     # What the worker measured, the tuning would have measured.
-    tuning = pipeline.Tuning(
+    tuned = tuning.Tuning(
         model,
         batches,
         None,
-        pipeline.Settings(candidates=tuple(map(candidates.parse, ["none", *offered]))),
+        results.Settings(candidates=tuple(map(candidates.parse, ["none", *offered]))),
         None,
     )
-    tuning.prepare()
-    assert tuning.scale.squares == wanted.recipe["squares"]
-    judge = tuning.judge()
+    tuned.prepare()
+    assert tuned.scale.squares == wanted.recipe["squares"]
+    judge = tuned.judge()
     assert judge.fingerprint == wanted.fingerprint
     for trial in studies.finished(study)[before:]:
         schemes = wanted.problem.schemes(tuple(trial.user_attrs["plan"]["assignment"]))

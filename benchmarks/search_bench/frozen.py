@@ -17,12 +17,12 @@ from autoq._files import write_atomic
 from autoq.errors import InputError
 from autoq.judging import Judge
 from autoq.loading import inputs, load_model
-from autoq.pipeline import Tuning
 from autoq.profiler import LatencyModel
 from autoq.results import Settings
 from autoq.scheme import NONE, Scheme
 from autoq.search import Assignment, Option, Problem, Unit
 from autoq.summary import loss_family
+from autoq.tuning import Tuning
 from autoq.workload import LayerInfo, Phase, Workload
 
 Say = Callable[[str, str, int, int], None]

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from autoq.evaluation import model_losses
-from autoq.pipeline import Tuning
 from autoq.prefix import Prefix
 from autoq.profiler.end_to_end import repeated_blocks
 from autoq.scheme import NONE, Scheme
 from autoq.search import Assignment, Evaluation, Option, Problem, Unit, search
 from autoq.studies import digest
 from autoq.ties import units as tied_units
+from autoq.tuning import Tuning
 from search_bench import frozen as freezing
 from search_bench.frozen import Frozen
 from search_bench.ours import limit

@@ -9,6 +9,7 @@ import torch
 import autoq.candidates
 import autoq.language
 import autoq.pipeline
+import autoq.tuning
 from autoq.profiler import end_to_end, timing
 from autoq.profiler import isolated as isolated_module
 
@@ -33,7 +34,7 @@ def quick(monkeypatch, cache):
     monkeypatch.setattr(end_to_end, "_compiled", lambda model, *_: (model, "not compiled"))
     monkeypatch.setattr(end_to_end, "interleaved", one_round)
     monkeypatch.setattr(autoq.language, "extended", lambda model, rows, **_: rows)
-    monkeypatch.setattr(autoq.pipeline, "default_folder", lambda: cache)
+    monkeypatch.setattr(autoq.tuning, "default_folder", lambda: cache)
     monkeypatch.setattr(autoq.pipeline, "TRIALS", 6)
     chosen = [autoq.candidates.parse(name) for name in ("int8wo", "sinq(bits=4,group_size=64)")]
     monkeypatch.setattr(autoq.candidates, "DEFAULT", tuple(chosen))
