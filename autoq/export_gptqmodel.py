@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from autoq.errors import PlanError
-from autoq.export_rules import check_fused, group_size_of, refused
+from autoq.export_rules import check_fused, check_names, fused, group_size_of, refused
 from autoq.plan import Plan
 from autoq.scheme import Scheme
 
@@ -30,24 +30,29 @@ def gptqmodel(plan: Plan) -> tuple[str, list[str]]:
         plan: what to export. Layers that it does not name are excluded, as those with ``none`` are.
 
     Raises:
-        PlanError: if a scheme is none of GPTQModel's, a width does not fit, fused layers differ, or nothing would be
-            quantized.
+        PlanError: if a scheme is none of GPTQModel's, a width does not fit, fused layers differ, a layer is none of
+            its models', or nothing would be quantized.
     """
+    check_names(plan, "GPTQModel")
     check_fused(plan, "GPTQModel")
     wanted = {layer: _settings(plan, layer, scheme) for layer, scheme in plan.layers.items()}
     quantized = {layer: settings for layer, settings in wanted.items() if settings is not None}
     if not quantized:
         raise PlanError("GPTQModel quantizes at least one layer", got="a plan that quantizes none")
+    # Servers look the layers that they run as one up under a name of their own.
+    together = {group.name: quantized[group.layers[0]] for group in fused(plan) if group.layers[0] in quantized}
     # The first pattern that matches counts, and a pattern has to match only the start of a name.
-    dynamic: dict[str, dict[str, Any]] = {f"+:^{re.escape(layer)}$": one for layer, one in quantized.items()}
+    dynamic: dict[str, dict[str, Any]] = {f"+:^{re.escape(name)}$": one for name, one in (quantized | together).items()}
     dynamic["-:.*"] = {}
     usual = Counter(json.dumps(one, sort_keys=True) for one in quantized.values()).most_common(1)[0][0]
     value = {**json.loads(usual), "dynamic": dynamic}
     if "lm_head" in quantized:
         value["lm_head"] = True
-    names = {scheme.name for scheme in plan.layers.values()}
+    used = {scheme.name for scheme in plan.layers.values()}
     notes = ["GPTQModel chooses codes itself, with calibration data: the plan's losses do not carry over; measure."]
-    if "int4wo-hqq" in names:
+    if "lm_head" in quantized:
+        notes.append("GPTQModel refuses an lm_head that is tied to the embedding: give it the scheme none there.")
+    if "int4wo-hqq" in used:
         notes.append("int4wo-hqq becomes 4 bits with a minimum per group (sym=false), which Marlin kernels do not run.")
     return json.dumps(value, indent=1) + "\n", notes
 

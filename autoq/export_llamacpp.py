@@ -20,7 +20,11 @@ _GATED = {f"mlp.{role}_proj": f"ffn_{role}" for role in ("gate", "up", "down")}
 _EXPERTS = {f"mlp.experts.*.{role}_proj": f"ffn_{role}_exps" for role in ("gate", "up", "down")}
 _SHARED = {f"mlp.shared_expert.{role}_proj": f"ffn_{role}_shexp" for role in ("gate", "up", "down")}
 _ROUTED = {"mlp.gate": "ffn_gate_inp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp"}
-_MIXTRAL = {f"block_sparse_moe.experts.*.w{n}": f"ffn_{role}_exps" for n, role in enumerate(("gate", "down", "up"), 1)}
+_MIXTRAL = _EXPERTS | {"mlp.gate": "ffn_gate_inp"}  # its names in transformers 5; these before
+_MIXTRAL |= {f"block_sparse_moe.experts.*.w{n}": f"ffn_{role}_exps" for n, role in enumerate(("gate", "down", "up"), 1)}
+# What split_experts makes: two tensors of a GGUF file in one layer.
+_SPLIT, _SPLIT_INTO = "mlp.experts.*.gate_up_proj", ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
+_ROUTERS = tuple(_ROUTED.values())
 _LLAMA = ("model.layers", _ATTENTION | _GATED)
 _MOE = ("model.layers", _ATTENTION | _EXPERTS | _SHARED | _ROUTED)
 _ROLES_OF_GPT2 = {
@@ -87,17 +91,19 @@ def llamacpp(plan: Plan, model_type: str | None) -> tuple[str, list[str]]:
     models = _models(model_type)
     tensors: dict[str, tuple[str, str]] = {}  # GGUF tensor → (its type, the layer that said so)
     for layer, scheme in plan.layers.items():
-        name, kind = _tensor(layer, models), _type(plan, layer, scheme)
-        known, first = tensors.setdefault(name, (kind, layer))
-        if known != kind:
-            raise PlanError(
-                f"{layer_path(layer)}: layers that are one tensor in a GGUF file have one type",
-                got=f"{kind}, and {known} for {first}",
-                fix="Tune with ties='siblings', or change them with plan.replace().",
-            )
+        kind = _type(plan, layer, scheme)
+        for name in _tensors(layer, models):
+            known, first = tensors.setdefault(name, (kind, layer))
+            if known != kind:
+                raise PlanError(
+                    f"{layer_path(layer)}: layers that are one tensor in a GGUF file have one type",
+                    got=f"{kind}, and {known} for {first}",
+                    fix="Tune with ties='siblings', or change them with plan.replace().",
+                )
     types = {name: kind for name, (kind, _) in tensors.items()}
     lines = [f"--tensor-type ^{pattern}[.]weight$={kind}" for pattern, kind in _patterns(types)]
-    return "\n".join(lines) + "\n", _notes(plan)
+    routers = any(name.endswith(_ROUTERS) and kind not in _FLOATS.values() for name, kind in types.items())
+    return "\n".join(lines) + "\n", _notes(plan, routers=routers)
 
 
 def _models(model_type: str | None) -> list[_Roles]:
@@ -110,16 +116,17 @@ def _models(model_type: str | None) -> list[_Roles]:
     return [_MODELS[model_type]]
 
 
-def _tensor(layer: str, models: list[_Roles]) -> str:
-    """A layer's tensor in GGUF files, without ``.weight``."""
+def _tensors(layer: str, models: list[_Roles]) -> list[str]:
+    """A layer's tensor in GGUF files, without ``.weight``; two of an expert's whose gate and up are one layer."""
     if layer in _HEADS:
-        return "output"
+        return ["output"]
     for blocks, roles in models:
         first, _, rest = blocks.partition(".")  # a base model's names lack the first word
         found = re.fullmatch(rf"(?:{first}\.)?{re.escape(rest)}\.(\d+)\.(.+)", layer)
         role = "" if found is None else re.sub(r"(?<=\.)\d+(?=\.)", "*", found[2])
-        if found is not None and role in roles:
-            return f"blk.{int(found[1])}.{roles[role]}"
+        parts = _SPLIT_INTO if role == _SPLIT else (role,)
+        if found is not None and all(part in roles for part in parts):
+            return [f"blk.{int(found[1])}.{roles[part]}" for part in parts]
     raise PlanError(
         f"{layer_path(layer)}: the layer has a known name in GGUF files",
         got="a layer of none of these roles",
@@ -160,7 +167,7 @@ def _patterns(types: Mapping[str, str]) -> list[tuple[str, str]]:
     ]
 
 
-def _notes(plan: Plan) -> list[str]:
+def _notes(plan: Plan, *, routers: bool) -> list[str]:
     names = {scheme.name for scheme in plan.layers.values()}
     notes = ["llama.cpp rounds the weights itself, and most of its kernels round activations to int8: measure again."]
     if names & {"int8wo", "int8dq", "int8mix"}:
@@ -169,5 +176,10 @@ def _notes(plan: Plan) -> list[str]:
         notes.append("4-bit HQQ becomes q4_1: 4 bits with a scale and a minimum per 32 values, rounded to nearest.")
     if any(head in plan.layers for head in _HEADS):
         notes.append("A file with tied embeddings has no tensor output: give --token-embedding-type instead.")
-    notes.append("Tensors that are not named get the type at the end of llama-quantize's command line.")
+    if routers:
+        notes.append("llama-quantize leaves routers (ffn_gate_inp) as they are, whatever the arguments say.")
+    notes.append(
+        "Tensors that are not named get the type at the end of llama-quantize's command line. It has to be q8_0: with "
+        "a float type there all arguments are ignored, with another quantized one some are."
+    )
     return notes

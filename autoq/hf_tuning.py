@@ -73,6 +73,13 @@ def tune(
         InputError: if there is no such model, it has neither tokenizer nor batches, or the text is unusable.
         AutoqError: as ``autoq.tune`` and ``autoq.apply``.
     """
+    if isinstance(model, nn.Module) and tokenizer is None and batches is None:
+        raise InputError(
+            "accuracy is judged by text, which needs the model's tokenizer, or by batches",
+            where=type(model).__name__,
+            got="neither",
+            fix="Pass tokenizer=, or batches= as autoq.tune takes them.",
+        )
     loaded = _loaded(model, tokenizer)
     judged_by = "the batches given"
     if batches is None:

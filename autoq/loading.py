@@ -304,6 +304,6 @@ def inputs(loaded: Loaded, text: Path | None, *, rows: int = ROWS) -> tuple[Any,
         raise InputError(
             "a model without a tokenizer comes with its batches",
             where=loaded.source,
-            fix="Let the function return (model, batches).",
+            fix="Pass a tokenizer or batches; on the command line, let the function return (model, batches).",
         )
     return loaded.batches, "the batches that came with the model"

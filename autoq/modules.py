@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 FilterFn = Callable[[str, nn.Module], bool]
+
+_ADAPTED = "base_layer"  # what PEFT calls the layer beside its adapters
 
 _HOOKS = (
     "_forward_hooks",
@@ -152,7 +154,9 @@ def replace_modules(model: nn.Module, changes: Mapping[nn.Module, nn.Module]) ->
     for parent in list(unwrap(model).modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in changes:
-                parent._modules[name] = changes[child]
+                parent._modules[name] = new = changes[child]
+                if isinstance(new, QuantLinear) and name == _ADAPTED:
+                    new.under_adapter = True
 
 
 @contextmanager
@@ -187,11 +191,19 @@ def _read_by_parent(root: nn.Module) -> dict[nn.Module, str]:
 
 
 def _adapters(root: nn.Module) -> dict[nn.Module, str]:
-    """The small layers that PEFT puts beside a layer: quantized, they could not be trained or merged."""
-    reason = "it is a LoRA adapter"
-    adapted = [one._modules for one in root.modules() if one._modules.get("base_layer") is not None]
-    beside = [child for children in adapted for name, child in children.items() if name.startswith("lora_") and child]
-    return {layer: reason for child in beside for layer in child.modules() if is_linear(layer)}
+    """What PEFT puts beside a layer, or in its place, to be trained: quantized, it could not be trained or merged."""
+    found: dict[nn.Module, str] = {}
+    for children in (one._modules for one in root.modules()):
+        if children.get(_ADAPTED) is not None:
+            beside = [child for name, child in children.items() if name.startswith("lora_") and child]
+            found |= dict.fromkeys(_linears_in(beside), "it is a LoRA adapter")
+        if children.get("original_module") is not None and children.get("modules_to_save") is not None:
+            found |= dict.fromkeys(_linears_in([children["modules_to_save"]]), "PEFT trains it (modules_to_save)")
+    return found
+
+
+def _linears_in(modules: Iterable[nn.Module | None]) -> list[nn.Module]:
+    return [layer for module in modules if module for layer in module.modules() if is_linear(layer)]
 
 
 def _why_left_alone(module: nn.Module) -> str | None:  # noqa: PLR0911 (one return per rule)

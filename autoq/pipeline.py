@@ -125,8 +125,15 @@ def record(
 
     Raises:
         InputError: if there are no inputs, or both kinds.
-        ModelError: if the model has no linear layer.
+        ModelError: if the model has no linear layer, or is on the meta device, without values to run with.
     """
+    if device_of(model) == "meta" and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ModelError(
+            "recording runs the model, so its weights are in memory",
+            where=type(unwrap(model)).__name__,
+            got="weights on the meta device",
+            fix="Load them first.",
+        )
     return record_inputs(model, batches, phases=phases, filter_fn=filter_fn, samples_per_layer=0).workload
 
 

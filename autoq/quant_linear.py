@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from autoq.candidates import Candidate, Packed
 from autoq.candidates.base import load_kernels, settle
+from autoq.dequantized import guarded
 from autoq.errors import AutoqError, ModelError
 from autoq.sections import HEADER, SCHEME, assemble
 from autoq_kernels import layout
@@ -40,6 +41,7 @@ class QuantLinear(nn.Module):
 
     Attributes:
         plan_json: JSON text of the plan that was applied, kept on one layer of the model; None on the others.
+        under_adapter: whether it is the base layer of an adapter of PEFT.
     """
 
     head: Tensor
@@ -62,6 +64,7 @@ class QuantLinear(nn.Module):
         self.out_features = out_features
         self.dtype = dtype
         self.plan_json: str | None = None
+        self.under_adapter = False
         # In a tuple, so that it is neither a submodule nor in the state_dict.
         self._original = (original,)
         self.register_parameter("bias", bias)
@@ -78,10 +81,11 @@ class QuantLinear(nn.Module):
         """The dequantized weight [N, K] in the compute dtype, computed anew at each access: slow.
 
         For model code that looks at a layer's weight, most often only at its dtype or device. It is no parameter, and
-        writing to it changes nothing.
+        writing to it changes nothing; under an adapter of PEFT, whose merging does that, it is refused.
         """
         weight: Tensor = torch.ops.autoq.dequantize(self.head, self.out_features, self.in_features)
-        return weight.to(self.dtype)
+        weight = weight.to(self.dtype)
+        return guarded(weight) if self.under_adapter else weight
 
     @property
     def scheme(self) -> str:

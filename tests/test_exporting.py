@@ -34,7 +34,8 @@ def test_torchao_gets_a_config_per_layer_by_its_full_name():
     assert (value["_type"], value["_version"]) == ("FqnToConfig", 1)
     configs = value["_data"]["fqn_to_config"]
     row = {"granularity": {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}}
-    assert list(configs) == [*block(0), "lm_head"]
+    fused = ["model.layers.0.self_attn.qkv_proj", "model.layers.0.mlp.gate_up_proj"]
+    assert list(configs) == [*block(0), "lm_head", *fused]
     assert configs[ATTENTION.format(0, "q")] == {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": row}
     assert configs["lm_head"] == {"_type": "Int8DynamicActivationInt8WeightConfig", "_version": 2, "_data": row}
     assert configs[MLP.format(0, "down")] is None
@@ -45,6 +46,31 @@ def test_torchao_gets_a_config_per_layer_by_its_full_name():
     }
     assert found.filename == "torchao.json"
     assert any("CUDA" in note for note in found.notes)
+    assert any("include_input_output_embeddings=True" in note for note in found.notes)
+
+
+def test_vllm_finds_the_layers_that_it_runs_as_one():
+    """It looks up the name that the fused layer has there, and takes one it does not find for unquantized."""
+    layers = block(0) | {"encoder.layer.0.attention.self." + role: "int8dq" for role in ("query", "key", "value")}
+    compressed = dict.fromkeys(("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"), "int8wo")
+    layers |= {f"model.layers.1.self_attn.{role}": scheme for role, scheme in compressed.items()}
+    configs = json.loads(export(Plan(layers=layers), "torchao").text)["_data"]["fqn_to_config"]
+    assert {name: configs[name] for name in configs if name not in layers} == {
+        "model.layers.0.self_attn.qkv_proj": configs[ATTENTION.format(0, "k")],
+        "model.layers.0.mlp.gate_up_proj": configs[MLP.format(0, "up")],
+        "encoder.layer.0.attention.self.qkv_proj": configs["encoder.layer.0.attention.self.key"],
+        "model.layers.1.self_attn.fused_qkv_a_proj": configs["model.layers.1.self_attn.q_a_proj"],
+    }
+
+
+def test_torchao_is_not_given_layers_that_it_cannot_run():
+    for name in ("transformer.h.0.attn.c_attn", "h.11.mlp.c_fc", "transformer.h.2.crossattention.q_attn"):
+        with pytest.raises(PlanError, match=r"torchao quantizes nn\.Linear; got a Conv1D of transformers.*addmm"):
+            export(Plan(layers={name: "int8wo"}), "torchao")
+        assert json.loads(export(Plan(layers={name: "none"}), "torchao").text)["_data"]["fqn_to_config"] == {name: None}
+        assert name.replace(".", "\\\\.") in export(Plan(layers={name: "int8wo"}), "gptqmodel").text
+    linear = Plan(layers={"transformer.h.0.attn.c_attn": "int8wo"}, provenance={"model": {"class": "GPTBigCodeModel"}})
+    assert '"Int8WeightOnlyConfig"' in export(linear, "torchao").text
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +93,7 @@ def test_torchao_itself_reads_the_config_back(torchao):
     config = core.config_from_dict(json.loads(export(plan, "torchao").text))
     assert type(config) is quantization.FqnToConfig
     configs = config.fqn_to_config
-    assert list(configs) == list(plan.layers)
+    assert list(configs)[: len(plan.layers)] == list(plan.layers)
     assert configs[ATTENTION.format(0, "q")] == quantization.Int8WeightOnlyConfig()
     assert configs["lm_head"] == quantization.Int8DynamicActivationInt8WeightConfig()
     assert configs[MLP.format(0, "down")] is None
@@ -83,7 +109,8 @@ def test_torchao_quantizes_a_layer_to_the_same_weight(torchao, scheme):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(256, 128, bias=False), torch.nn.Linear(128, 64, bias=False))
     left, weight = model[1].weight, model[0].weight.detach().clone()
-    config = core.config_from_dict(json.loads(export(Plan(layers={"0": scheme, "1": "none"}), "torchao").text))
+    plan = Plan(layers={"0": scheme, "1": "none", **dict.fromkeys(("gate_proj", "up_proj"), scheme)})
+    config = core.config_from_dict(json.loads(export(plan, "torchao").text))  # names of no layer are no mistake
     quantization.quantize_(model, config, filter_fn=None)
     candidate = parse(scheme)
     ours = candidate.unpack(candidate.pack(weight))
@@ -93,6 +120,32 @@ def test_torchao_quantizes_a_layer_to_the_same_weight(torchao, scheme):
     # The same grid but for rounding of the scale: far below the half step that rounding to it costs.
     assert ((ours - theirs).abs() / step).max() <= 1.01
     assert ((ours - theirs).norm() / weight.norm()) < 2e-3
+
+
+THROUGH_TRANSFORMERS = """
+import json, sys, torch
+sys.path.insert(0, {place!r})
+from torchao.core.config import config_from_dict
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2)).save_pretrained({folder!r})
+wanted = TorchAoConfig(config_from_dict(json.load(open({config!r}))), include_input_output_embeddings=True)
+model = AutoModelForCausalLM.from_pretrained({folder!r}, quantization_config=wanted)
+layers = [(name, one.weight) for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
+print(json.dumps([name for name, weight in layers if type(weight) is not torch.nn.Parameter]))
+"""
+
+
+def test_transformers_quantizes_what_the_config_names(torchao, tmp_path):
+    layers = {name: "none" if name.endswith("o_proj") else "int8wo" for name in block(0)} | {"lm_head": "int8wo"}
+    (tmp_path / "torchao.json").write_text(export(Plan(layers=layers), "torchao").text)
+    place = str(Path(torchao[0].__file__).parents[2])
+    code = THROUGH_TRANSFORMERS.format(
+        place=place, folder=str(tmp_path / "model"), config=str(tmp_path / "torchao.json")
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert sorted(found) == sorted(name for name in layers if layers[name] != "none")
 
 
 def test_gptqmodel_gets_patterns_of_which_the_first_that_matches_counts():
@@ -110,9 +163,14 @@ def test_gptqmodel_gets_patterns_of_which_the_first_that_matches_counts():
     assert settings(ATTENTION.format(0, "q")) == settings("lm_head") == eight
     assert settings(MLP.format(0, "up")) == settings(MLP.format(10, "gate")) == four
     assert settings(ATTENTION.format(10, "q")) is settings(MLP.format(0, "down")) is False
+    # vLLM looks up the name that the layers have there together.
+    assert settings("model.layers.0.self_attn.qkv_proj") == eight
+    assert settings("model.layers.10.mlp.gate_up_proj") == four
+    assert settings("model.layers.10.self_attn.qkv_proj") is False
     assert settings("modelXlayers.0.mlp.up_proj") is settings(MLP.format(0, "up") + ".extra") is False
     assert {key: value[key] for key in four} == eight
     assert value["lm_head"] is True
+    assert any("refuses an lm_head that is tied" in note for note in found.notes)
     assert found.filename == "gptqmodel.json"
 
 
@@ -196,17 +254,48 @@ def test_compressed_keys_are_not_fused_with_queries():
 def test_all_experts_of_a_block_have_one_scheme():
     names = [f"model.layers.0.mlp.experts.{e}.{role}_proj" for e in (0, 1) for role in ("gate", "up", "down")]
     plan = Plan(layers=dict.fromkeys(names, "int8wo"))
-    assert len(json.loads(export(plan, "gptqmodel").text)["dynamic"]) == 7
+    dynamic = json.loads(export(plan, "gptqmodel").text)["dynamic"]
+    assert list(dynamic)[6:] == ["+:^model\\.layers\\.0\\.mlp\\.experts$", "-:.*"]  # vLLM looks up the block's name
+    assert list(json.loads(export(plan, "torchao").text)["_data"]["fqn_to_config"]) == names
     assert export(plan, "llama.cpp", model_type="qwen3_moe").text.splitlines() == [
         f"--tensor-type ^blk[.](0)[.]ffn_{role}_exps[.]weight$=q8_0" for role in ("gate", "up", "down")
     ]
     mixed = plan.replace({names[3]: "none"})
     with pytest.raises(PlanError, match="6 layers as one") as caught:
         export(mixed, "torchao")
+    assert "siblings" not in str(caught.value)  # those of an expert's down_proj are not tied to its gate_proj
     pattern = re.search(r"ties='(.*?)' ", str(caught.value))[1].replace("\\\\", "\\")
     assert len({re.fullmatch(pattern, name).groups() for name in names}) == 1
     with pytest.raises(PlanError, match=r"experts\.1\.gate_proj.*one tensor in a GGUF file.*bf16, and q8_0 for"):
         export(mixed, "llama.cpp")
+
+
+def test_layers_of_split_experts_are_two_tensors_in_gguf_and_unknown_elsewhere():
+    experts = [f"model.layers.0.mlp.experts.{e}.{role}" for e in (0, 1) for role in ("gate_up_proj", "down_proj")]
+    plan = Plan(layers=dict.fromkeys(experts, "int8wo"))
+    for model_type in ("mixtral", "qwen3_moe", None):
+        assert export(plan, "llama.cpp", model_type=model_type).text.splitlines() == [
+            f"--tensor-type ^blk[.](0)[.]ffn_{role}_exps[.]weight$=q8_0" for role in ("gate", "up", "down")
+        ]
+    with pytest.raises(PlanError, match=r"experts\.1\.gate_up_proj.*one tensor in a GGUF file.*bf16, and q8_0 for"):
+        export(plan.replace({experts[2]: "none"}), "llama.cpp")
+    for target in ("torchao", "gptqmodel"):
+        with pytest.raises(
+            PlanError, match=r"experts\.0\.gate_up_proj.*got an expert's layer that autoq.split_experts"
+        ):
+            export(plan, target)
+    alone = Plan(layers=dict.fromkeys(experts, "none") | {"lm_head": "int8wo"})
+    assert '"lm_head"' in export(alone, "torchao").text
+
+
+def test_the_notes_say_what_llama_quantize_ignores():
+    found = export(
+        Plan(layers={"model.layers.0.mlp.shared_expert_gate": "int8wo"}), "llama.cpp", model_type="qwen2_moe"
+    )
+    assert any("leaves routers" in note for note in found.notes)
+    found = export(Plan(layers=block(0)), "llama.cpp")
+    assert not any("routers" in note for note in found.notes)
+    assert any("has to be q8_0" in note for note in found.notes)
 
 
 MISSING = {

@@ -113,7 +113,7 @@ def test_what_was_tuned_is_saved_and_opened_by_name(tuned, tmp_path):
 
 
 def test_a_model_is_taken_with_its_tokenizer_or_batches(tokenizer, model_folder):
-    with pytest.raises(InputError, match="a model without a tokenizer comes with its batches"):
+    with pytest.raises(InputError, match=r"LlamaForCausalLM: .*got neither. Pass tokenizer=, or batches="):
         hf.tune(make())
     with pytest.raises(InputError, match="judged by text or by batches; got both"):
         hf.tune(make(), tokenizer=tokenizer, batches=torch.arange(6).view(1, 6), text="text.txt")

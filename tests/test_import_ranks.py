@@ -27,6 +27,7 @@ RANKS = {
     1: (
         "cli_options",
         "hub",
+        "dequantized",
         "linear_layers",
         "plugins",
         "workload",

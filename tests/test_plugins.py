@@ -20,7 +20,7 @@ from autoq.candidates import AffineCandidate
 from autoq.errors import CandidateError, InputError, PlanError
 from autoq.plan import Plan
 from autoq.scheme import FIELDS, Scheme
-from autoq.testing import Conformance, NearestCodes
+from autoq.testing import Conformance, IndependentRows, NearestCodes
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "plugin"
@@ -336,6 +336,85 @@ def test_the_suite_finds_what_is_wrong():
         suite.test_its_name_gives_it_back(wrong)
     with pytest.raises(AssertionError, match=r"beyond that of the nearest code is at most 1e-06; got 0\.[0-9]+"):
         NearestCodes().test_every_code_is_the_nearest(wrong)
+
+
+class Rounding(AffineCandidate):
+    """Rounds to nearest, as the suite wants it; what is wrong with it, ``broken`` adds."""
+
+    key: ClassVar[str] = "int4wo-hqq"
+
+    @property
+    def code_bits(self):
+        return 4
+
+    def quantize_groups(self, w):
+        return numerics.rtn(w, 4)
+
+
+def broken(**parts):
+    return dataclass(frozen=True, kw_only=True)(type("Broken", (Rounding,), parts))()
+
+
+def at_random(self, w):
+    found = numerics.rtn(w, 4)
+    return numerics.Grid((found.codes + torch.randint_like(found.codes, 2)).clamp(max=15), found.scale, found.minimum)
+
+
+def too_coarse(self, w):
+    found = numerics.rtn(w, 4)
+    return numerics.Grid(found.codes // 4 * 4, found.scale, found.minimum)
+
+
+def clipped_by_all_rows(self, w):
+    return numerics.rtn(w.clamp(max=float(w.max()) / 2), 4)
+
+
+FLOAT32 = torch.float32
+# What a scheme gets wrong → the tests of the suite, with their cases, that have to say so.
+BROKEN = {
+    "random codes": (
+        {"quantize_groups": at_random},
+        {"packing_is_deterministic_and_leaves_the_weight_alone": ()},
+    ),
+    "coarse codes": ({"quantize_groups": too_coarse}, {"products_of_odd_shapes": ((5, 100), 1)}),
+    "a grid that knows other rows": (
+        {"quantize_groups": clipped_by_all_rows},
+        {"rows_are_packed_alike_in_any_chunk": (), "constant_rows": (0.437,)},
+    ),
+    "another weight unpacked": (
+        {"unpack": lambda self, p: AffineCandidate.unpack(self, p) * 1.001},
+        {"unpack_is_what_the_kernels_multiply_with": (), "input_gradient_is_that_of_the_unpacked_weight": ()},
+    ),
+    "a reference without bias": (
+        {"reference": lambda self, x, p, bias=None: AffineCandidate.reference(self, x, p)},
+        {"products_of_odd_shapes": ((5, 100), 1), "activations_of_any_dtype_shape_and_stride": (FLOAT32,)},
+    ),
+    "activations said to be rounded": ({"activation_bits": 8}, {"products_of_odd_shapes": ((40, 64), 5)}),
+    "float32 products": (
+        {"linear": lambda self, x, p, bias=None: AffineCandidate.linear(self, x, p, bias).float()},
+        {"activations_of_any_dtype_shape_and_stride": (torch.bfloat16,)},
+    ),
+    "columns scaled by a factor with a floor": (
+        {"column_scale": lambda self, w: w.float().abs().amax(0).clamp_min(1e-6).sqrt()},
+        {"error_does_not_depend_on_the_magnitude": (-60,), "bytes_are_those_predicted": ((48, 128),)},
+    ),
+    "every header taken": ({"fits": lambda self, form: True}, {"its_headers_are_its_own": ()}),
+    "nothing refused": (
+        {"why_not": lambda self, op: None},
+        {"what_cannot_run_is_refused_with_the_reason": ()},
+    ),
+    "everything refused": ({"why_not": lambda self, op: "no"}, {"ordinary_layers_are_not_refused": (FLOAT32,)}),
+}
+
+
+@pytest.mark.parametrize(("parts", "tests"), BROKEN.values(), ids=BROKEN)
+def test_the_suite_catches_each_mistake(parts, tests):
+    for name, case in tests.items():
+        kind = next(one for one in (Conformance, NearestCodes, IndependentRows) if hasattr(one, f"test_{name}"))
+        test = getattr(kind(), f"test_{name}")
+        test(broken(), *case)
+        with pytest.raises(AssertionError, match="; got "):
+            test(broken(**parts), *case)
 
 
 def test_a_suite_without_schemes_is_refused():

@@ -55,6 +55,11 @@ def test_a_tuned_model_can_be_offloaded(tuned, x, buffers):
         accelerate.hooks.remove_hook_from_submodules(model)
 
 
+def test_a_model_on_the_meta_device_is_not_recorded(net, x):
+    with pytest.raises(ModelError, match=r"Net: recording runs the model.*got weights on the meta device\. Load them"):
+        autoq.record(net().to("meta"), [x])
+
+
 def test_a_model_on_the_meta_device_is_not_quantized(net, plan, x):
     model = net().to("meta")
     report = autoq.apply(model, plan)
