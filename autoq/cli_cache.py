@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from autoq.profiler import Remeasured
 
 
-@click.group("cache", epilog=example("autoq cache ls", "autoq cache verify --measure 20"))
+@click.group(
+    "cache",
+    short_help="Look after what was measured.",
+    epilog=example("autoq cache ls", "autoq cache verify --measure 20"),
+)
 def cache_group() -> None:
     """Look after what was measured: times per device, what schemes cost models."""
 
@@ -45,7 +49,7 @@ def list_profiles(*, cache_dir: Path | None, as_json: bool) -> None:
     click.echo(f"Besides: what schemes cost {models} model{'s' if models != 1 else ''}.")
 
 
-@cache_group.command("show", epilog=example("autoq cache show 3f2a"))
+@cache_group.command("show", short_help="Show one profile.", epilog=example("autoq cache show 3f2a"))
 @click.argument("key")
 @cache_option
 @json_option
@@ -145,7 +149,9 @@ def export_profile(*, key: str, file: Path, cache_dir: Path | None, as_json: boo
     click.echo(f"Written: {file}, {rows} rows of {profile.hardware['name']}")
 
 
-@cache_group.command("import", epilog=example("autoq cache import epyc-9554.parquet"))
+@cache_group.command(
+    "import", short_help="Add another device's profile.", epilog=example("autoq cache import epyc-9554.parquet")
+)
 @click.argument("file", type=click.Path(path_type=Path))
 @cache_option
 @json_option

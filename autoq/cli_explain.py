@@ -47,7 +47,12 @@ def _moves(ctx: click.Context, param: click.Parameter, given: Sequence[str]) -> 
     return pairs
 
 
-@click.command(epilog=example("autoq explain out", "autoq explain out --force model.layers.3.mlp.up_proj=int4wo-hqq"))
+@click.command(
+    epilog=example(
+        "autoq explain out",
+        "autoq explain out --force 'model.layers.3.mlp.up_proj=int4wo-hqq(group_size=64)'",
+    )
+)
 @FOLDER
 @click.option("--layer", "names", multiple=True, type=_Layer(), help="One layer under every scheme. Repeatable.")
 @click.option(

@@ -29,7 +29,7 @@ def evaluate(*, model: str, plan: Path | None, text: Path | None, rows: int, as_
     Both on the same text, with the interval of their difference.
 
     MODEL is a Hugging Face folder or name, a .gguf file, module:function or smollm2; without PLAN also a folder that
-    apply wrote.
+    apply wrote of a model of transformers.
     """
     from autoq import terminal
     from autoq.plan import Plan
@@ -99,9 +99,7 @@ def bench(*, model: str, plan: Path, text: Path | None, rows: int, output: Path 
         phases = own_phases(loaded.model, batches)
         if output is not None:
             check_phases(wanted, phases)
-        progress("measure", "compiling and timing", 0, 1)
-        measured = measure(loaded.model, wanted, batches, phases=phases)
-        progress("measure", "", 1, 1)
+        measured = measure(loaded.model, wanted, batches, phases=phases, progress=progress)
     found = measured_plan(wanted, measured, device_of(loaded.model))
     if output is not None:
         found.save(output)

@@ -71,9 +71,23 @@ def _checkpoint(name: str) -> Loaded:
 def prepared(
     name: str, text: Path | None, rows: int, progress: Progress, *, quantized: bool = False
 ) -> tuple[Loaded, Any, str]:
-    """The model, its batches, and what they are; ``quantized`` as in ``loaded_model``."""
-    from autoq.loading import inputs
+    """The model, its batches, and what they are; ``quantized`` as in ``loaded_model``.
 
+    Raises:
+        InputError: if the text cannot be read, or the model cannot be judged by one.
+    """
+    from autoq.errors import InputError
+    from autoq.loading import inputs, read_text
+
+    if text is not None:
+        read_text(text)  # refused before a model is downloaded
     loaded = loaded_model(name, progress, quantized=quantized)
+    if text is not None and loaded.tokenizer is None:
+        raise InputError(
+            "a text judges models that have a tokenizer",
+            where=f"--text {text}",
+            got=f"{loaded.source}, which has none",
+            fix="Leave --text out: such a model is judged by the batches that come with it.",
+        )
     batches, source = inputs(loaded, text, rows=rows)
     return loaded, batches, source

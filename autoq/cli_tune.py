@@ -34,7 +34,7 @@ def _limit_options(command: Command) -> Command:
             show_default=True,
             help="Largest relative rise of the metric; for a language model, of its perplexity.",
         ),
-        click.option("--max-increase", type=float, help="The same, absolute in the metric's unit."),
+        click.option("--max-increase", type=click.FloatRange(min=0), help="The same, absolute in the metric's unit."),
         click.option(
             "--objective",
             type=click.Choice(["latency", "memory", "loss"]),
@@ -42,8 +42,8 @@ def _limit_options(command: Command) -> Command:
             show_default=True,
             help="What is minimised.",
         ),
-        click.option("--max-latency-us", type=float, help="Longest request, in microseconds."),
-        click.option("--max-weight-bytes", type=int, help="Most bytes of weights."),
+        click.option("--max-latency-us", type=click.FloatRange(min=0), help="Longest request, in microseconds."),
+        click.option("--max-weight-bytes", type=click.IntRange(min=0), help="Most bytes of weights."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -123,7 +123,10 @@ def tune(
     click.echo(f"Use it: {shlex.join(['autoq', 'apply', model, files['plan.json'], '--output', 'quantized'])}")
 
 
-@click.command(epilog=example("autoq worker smollm2 --storage postgresql+psycopg://autoq@db/autoq --wait 3600"))
+@click.command(
+    short_help="Help a search on this machine.",
+    epilog=example("autoq worker smollm2 --storage postgresql+psycopg://autoq@db/autoq --wait 3600"),
+)
 @click.argument("model", type=MODEL)
 @click.option("--storage", required=True, help="The Optuna storage URL, or journal:PATH, that tune was given.")
 @click.option("--study", help="The study's name. Default: the newest unfinished one for this model and text.")

@@ -1,11 +1,13 @@
 """Why a plan is what it is: what was chosen, what every other scheme would cost, what was refused, and what if.
 
 Everything here is predicted from a tuning's measurements; nothing runs. A change's time, loss and bytes are sums over
-the layers that it moves, as the search took them, and start from what was measured of the whole plan.
+the layers that it moves, as the search took them, and start from what was measured of the whole plan. Times are in
+proportion to that measurement: the machine may have been faster or slower when single layers were timed.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from autoq.errors import InputError
 from autoq.explaining_text import as_text, choice_text
 from autoq.explaining_values import Alternative, Change, Choice, Cost, Family, LeftAlone, Verdict
-from autoq.pricing import Pricing, costs_of
+from autoq.pricing import Pricing, Request, costs_of
 from autoq.result_files import Result, read_folder
 from autoq.scheme import NONE, Scheme
 from autoq.summary import FAMILIES, family
@@ -58,8 +60,17 @@ class Explanation:
             if layer in one.layers or layer == one.unit:
                 return one
         left = dict(self.left_alone)
-        got = f"it was left alone: {left[layer]}" if layer in left else f"none of {len(self.pricing.costs)} layers"
-        raise InputError("an explanation is of a layer that was decided", where=layer, got=got)
+        if layer in left:
+            got = f"it was left alone: {left[layer]}"
+            raise InputError("an explanation is of a layer that was decided", where=layer, got=got)
+        names = list(self.pricing.costs)
+        near = difflib.get_close_matches(layer, names, _SHOWN) or [one for one in names if layer in one] or names
+        raise InputError(
+            "an explanation is of a layer that was decided",
+            where=layer,
+            got=f"a name that none of the {len(names)} has",
+            fix=f"Say {', '.join(near[:_SHOWN])}{' or another' if len(names) > len(near[:_SHOWN]) else ''}.",
+        )
 
     def force(self, changes: Mapping[str, Scheme | str]) -> Change:
         """What giving layers other schemes would do to the plan, as predicted; ``autoq.measure`` tells.
@@ -82,8 +93,12 @@ class Explanation:
                 )
             refused = self.pricing.refused(one.layers, scheme)
             if refused:
+                able = [name for name in self.pricing.schemes if not self.pricing.refused(one.layers, name)]
                 raise InputError(
-                    "a layer is forced to a scheme that it can have", where=layer, got=f"{scheme}: {refused}"
+                    "a layer is forced to a scheme that it can have",
+                    where=layer,
+                    got=f"{scheme}: {refused}",
+                    fix=f"Say {' or '.join(able)}.",
                 )
         return self.pricing.change(
             {layer: moves[one.unit] for one in self.choices if one.unit in moves for layer in one.layers}
@@ -224,7 +239,7 @@ def explain(result: Result | str | Path, *, plan: Plan | None = None) -> Explana
     if not costs:
         raise InputError("an explanation needs the costs that tune() recorded", got="an empty table")
     units = _units(result, plan, costs)
-    pricing = Pricing.of(plan, costs)
+    pricing = Pricing.of(plan, costs, Request.of(result.front, costs))
     left = [LeftAlone(one.name, one.reason) for one in result.workload.layers if one.reason is not None]
     left += [
         LeftAlone(one.name, "it was never called")
@@ -276,7 +291,7 @@ def _choice(pricing: Pricing, unit: str, layers: tuple[str, ...]) -> Choice:
         layers=layers,
         family=family(layers[0]),
         scheme=scheme,
-        time_us=sum(one.time_us for one in mine),
+        time_us=pricing.request.drift * sum(one.time_us for one in mine),
         loss=back(sum(one.loss for one in mine)),
         loss_low=back(sum(one.low for one in mine)),
         loss_high=back(sum(one.high for one in mine)),

@@ -75,9 +75,11 @@ def as_text(
     """The plan by family, the changes nearest to being made, and what was left alone."""
     budget = plan.provenance.get("budget") or {}
     how = "measured" if price.measured else "predicted"
+    whole = price.measured or price.request.rest_us is not None
+    what = "A request takes" if whole else "Of a request its layers take"
     lines = [
         f"Plan {plan.hash}: {len(price.costs)} layers. Budget: {budget.get('text', 'not recorded')}.",
-        f"A request takes {duration(price.time_us)} and the loss is {price.loss:+.3g} {price.unit} ({how}).",
+        f"{what} {duration(price.time_us)} and the loss is {price.loss:+.3g} {price.unit} ({how}).",
         "Differences from the plan, predicted; losses are estimated from gradients unless it says measured.",
     ]
     for part in families:

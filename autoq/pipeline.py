@@ -12,10 +12,10 @@ from autoq import candidates as schemes
 from autoq import search
 from autoq.calibration import Progress
 from autoq.candidates import Candidate
-from autoq.errors import CandidateError
+from autoq.errors import CandidateError, ModelError
 from autoq.evaluation import EvalFn
 from autoq.losses import LossFn
-from autoq.modules import FilterFn, evaluating, unwrap
+from autoq.modules import FilterFn, device_of, evaluating, unwrap
 from autoq.recorder import record as record_inputs
 from autoq.results import TRIALS, Settings, TuneResult
 from autoq.scheme import NONE, Scheme
@@ -60,6 +60,7 @@ def tune(
             of ``loss_fn``, whose gradients still predict.
         candidates: schemes to choose from; default ``autoq.candidates.DEFAULT``.
         max_degradation: how much worse the metric may get, relative to |baseline| (for token NLL: of the perplexity).
+            A KL divergence has no baseline; its limit is 0.01 nats, or ``max_increase``.
         max_increase: the same, absolute in the metric's unit.
         objective: what is minimised: ``latency`` (µs per request), ``memory`` (bytes of weights) or ``loss``.
         max_latency_us: limit on the request's latency.
@@ -99,7 +100,7 @@ def tune(
         cache_dir=None if cache_dir is None else Path(cache_dir),
         profile_from=profile_from,
         filter_fn=filter_fn,
-        n_trials=n_trials or TRIALS,
+        n_trials=TRIALS if n_trials is None else n_trials,
         storage=storage,
         ties=checked(ties),
         seed=seed,

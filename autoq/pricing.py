@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from autoq._files import parse_json, shown
 from autoq.additive import Additive
 from autoq.errors import InputError
 from autoq.explaining_values import Change, Cost
@@ -46,6 +47,63 @@ def costs_of(frame: pd.DataFrame) -> dict[str, dict[str, Cost]]:
     return found
 
 
+class Request(NamedTuple):
+    """How times and bytes of layers make those of a request.
+
+    Attributes:
+        drift: the tuned plan's measured time over its predicted one. Layers are timed at another moment than whole
+            plans, and the machine may be half as fast again then: ratios hold, microseconds do not.
+        rest_us: what is no layer's, at the speed at which layers were timed; None where that is not known.
+        rest_bytes: of weights that no plan decides.
+    """
+
+    drift: float = 1.0
+    rest_us: float | None = None
+    rest_bytes: int = 0
+
+    @classmethod
+    def of(cls, front: pd.DataFrame, costs: Mapping[str, Mapping[str, Cost]]) -> Request:
+        """From the front's chosen plan, as far as it was timed and its layers have costs.
+
+        Raises:
+            InputError: if its assignment cannot be read.
+        """
+        rows: list[dict[str, Any]] = front.to_dict("records")  # type: ignore[assignment]  # columns have names
+        chosen = next((row for row in rows if row["chosen"]), None)
+        if chosen is None or not _is_figure(chosen["latency_predicted_us"]):
+            return cls()
+        measured = chosen["latency_measured_us"]
+        drift = measured / chosen["latency_predicted_us"] if _is_figure(measured) else 1.0
+        schemes = assignment_of(chosen)
+        if not schemes:  # the unquantized model itself; the costs of none are of autoq's kernels
+            chosen = next((row for row in rows if row["label"] == str(NONE)), chosen)
+        known = [of.get(schemes.get(layer, str(NONE))) for layer, of in costs.items()]
+        mine = [one for one in known if one is not None and not one.reason]
+        if len(mine) < len(costs) or not _is_figure(chosen["latency_predicted_us"]):
+            return cls(drift)
+        rest_us = chosen["latency_predicted_us"] - math.fsum(one.time_us for one in mine)
+        size = chosen["weight_bytes"]
+        rest_bytes = int(size) - sum(one.weight_bytes for one in mine) if _is_figure(size) else 0
+        return cls(drift, max(0.0, rest_us), max(0, rest_bytes))
+
+
+def _is_figure(value: Any) -> bool:
+    return value is not None and 0 < value < _LARGEST
+
+
+def assignment_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """Layer → scheme of a plan, from its row of the front's table.
+
+    Raises:
+        InputError: if it is no object of these.
+    """
+    where = f"front: plan {row['plan']}"
+    found = parse_json(row["assignment"] or "{}", InputError, what="an assignment", where=where)
+    if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
+        raise InputError("an assignment is an object of layer to scheme", where=where, got=shown(found))
+    return found
+
+
 def _number(value: Any, name: str, where: str) -> float:
     if value is None or not abs(value) < _LARGEST:  # NaN is not
         raise InputError(f"a scheme that is not refused has its {name}", where=f"costs: {where}", got=value)
@@ -64,9 +122,10 @@ class Pricing:
         unit: of the loss, such as ``nats per token``.
         loss: the plan's, measured or else predicted, in the metric's unit.
         loss_high: upper end of its interval; the loss itself where it was not measured.
-        time_us: the plan's request, measured or else the sum of the layers' parts.
+        time_us: the plan's request, measured or else predicted; of its layers alone where the rest is not known.
         weight_bytes: the same of its weights.
         measured: whether these were measured.
+        request: how times of layers make that of a request.
         limits: ``loss``, ``time`` and ``bytes`` as far as they are limited.
     """
 
@@ -80,10 +139,11 @@ class Pricing:
     time_us: float
     weight_bytes: float
     measured: bool
+    request: Request
     limits: Mapping[str, float]
 
     @classmethod
-    def of(cls, plan: Plan, costs: Mapping[str, Mapping[str, Cost]]) -> Pricing:
+    def of(cls, plan: Plan, costs: Mapping[str, Mapping[str, Cost]], request: Request) -> Pricing:
         """The pricing of a plan whose layers all have costs."""
         known = plan.provenance
         budget, measured = known.get("budget") or {}, known.get("measured") or {}
@@ -103,9 +163,12 @@ class Pricing:
             unit=str(budget.get("unit") or "loss"),
             loss=loss,
             loss_high=loss if high is None else high,
-            time_us=math.fsum(one.time_us for one in mine) if time_us is None else time_us,
-            weight_bytes=sum(one.weight_bytes for one in mine) if size is None else size,
+            time_us=request.drift * math.fsum([request.rest_us or 0.0, *(one.time_us for one in mine)])
+            if time_us is None
+            else time_us,
+            weight_bytes=request.rest_bytes + sum(one.weight_bytes for one in mine) if size is None else size,
             measured=whole,
+            request=request,
             limits={name: budget[key] for name, key in limits.items() if budget.get(key) is not None},
         )
 
@@ -145,7 +208,7 @@ class Pricing:
         """
         moved = {layer: scheme for layer, scheme in moves.items() if self.chosen[layer] != scheme}
         pairs = [(self.costs[layer][self.chosen[layer]], self.costs[layer][scheme]) for layer, scheme in moved.items()]
-        time_us = math.fsum(new.time_us - old.time_us for old, new in pairs)
+        time_us = self.request.drift * math.fsum(new.time_us - old.time_us for old, new in pairs)
         size = sum(new.weight_bytes - old.weight_bytes for old, new in pairs)
         middle = math.fsum(new.loss - old.loss for old, new in pairs)
         # Of one layer, the interval of a difference of two independent estimates (Zou and Donner's MOVER).
@@ -168,11 +231,14 @@ class Pricing:
         """Which limits the plan would be over, its measured upper bound of the loss moved by the change."""
         bound = self.scale.back(self.scale.to(self.loss_high) + loss)
         found = {"loss": bound, "time": self.time_us + time_us, "bytes": self.weight_bytes + size}
-        units = {"loss": self.unit, "time": "µs a request", "bytes": "bytes of weights"}
+        # Whole microseconds and bytes: four digits of them may be those of the limit.
+        shapes = {"loss": (".4g", self.unit), "time": (",.0f", "µs a request"), "bytes": (",.0f", "bytes of weights")}
         broken = [name for name, limit in self.limits.items() if found[name] > limit + _SLACK * abs(limit)]
-        return "; ".join(f"{found[one]:.4g} {units[one]}, limit {self.limits[one]:.4g}" for one in broken)
+        texts = [(found[one], self.limits[one], *shapes[one]) for one in broken]
+        return "; ".join(f"{value:{shape}} {unit}, limit {limit:{shape}}" for value, limit, shape, unit in texts)
 
     def to_json(self) -> dict[str, Any]:
         """What changes start from, as one JSON object."""
         names = ("objective", "unit", "loss", "loss_high", "time_us", "weight_bytes", "measured")
-        return {**{name: getattr(self, name) for name in names}, "limits": dict(self.limits)}
+        kept = {name: getattr(self, name) for name in names}
+        return {**kept, "drift": self.request.drift, "limits": dict(self.limits)}

@@ -211,6 +211,7 @@ def measure(
     loss_fn: LossFn | None = None,
     eval_fn: EvalFn | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Measured:
     """Measure any plan on an unquantized model: its loss, and its end-to-end time per phase. Nothing is cached.
 
@@ -222,6 +223,7 @@ def measure(
         loss_fn: as in ``autoq.tune``.
         eval_fn: as in ``autoq.tune``.
         seed: of sampled text and of the bootstrap.
+        progress: called with (stage, text, done, total).
 
     Raises:
         InputError: as ``autoq.tune``.
@@ -231,7 +233,7 @@ def measure(
     only = (lambda name, _: name in plan.layers) if plan.layers else None
     settings = Settings(loss_fn=loss_fn, eval_fn=eval_fn, seed=seed, filter_fn=only)
     with evaluating(unwrap(model)):
-        tuning = Tuning(model, batches, phases, settings, None)
+        tuning = Tuning(model, batches, phases, settings, progress)
         tuning.prepare()
         return _measured(tuning, plan)
 
@@ -239,7 +241,9 @@ def measure(
 def _measured(tuning: Tuning, plan: Plan) -> Measured:
     check_layers(plan, tuning.layers)
     meter: LossMeter = tuning.meter
+    tuning.say("evaluate", "loss of the model, and under the plan", 0, 1)
     differences = meter.by_phase(plan.layers)
+    tuning.say("evaluate", "", 1, 1)
     plans = {"plan": plan.layers} if plan.layers else {}
     if plan.layers and not tuning.none_is_stock:
         plans["none"] = dict.fromkeys(plan.layers, NONE)

@@ -130,8 +130,10 @@ def read_folder(folder: str | Path) -> Saved:
     folder = Path(folder)
     missing = [name for name in (PLAN, WORKLOAD, *TABLES) if not (folder / name).is_file()]
     if missing:
-        got = f"no {', no '.join(missing)}" if folder.is_dir() else "no such folder"
-        raise InputError("a tuning's folder has its plan and its tables", where=str(folder), got=got, fix=_FIX)
+        there = folder.is_dir()
+        got = f"no {', no '.join(missing)}" if there else "no such folder"
+        fix = _FIX if there else "Give the folder that `autoq tune --output` wrote; without --output it is autoq-out."
+        raise InputError("a tuning's folder has its plan and its tables", where=str(folder), got=got, fix=fix)
     plan = Plan.load(folder / PLAN)
     workload = Workload.load(folder / WORKLOAD)
     read = {name: _table(folder / name, schema, plan) for name, schema in TABLES.items()}

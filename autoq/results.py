@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -60,6 +61,11 @@ class Settings:
             )
         if self.n_trials < 1:
             raise InputError("n_trials is at least 1", got=self.n_trials)
+        # Now, and not after minutes of measuring.
+        for name in ("max_degradation", "max_increase", "max_latency_us", "max_weight_bytes"):
+            limit = getattr(self, name)
+            if limit is not None and not 0 <= limit < math.inf:
+                raise InputError("a limit is a finite number, at least 0", where=name, got=limit)
 
     def request(self) -> dict[str, float | int | str | list[str] | None]:
         """What a plan file is compared with when it is replayed."""
@@ -153,15 +159,22 @@ class TuneResult:
         The plan's figures are predictions and marked so; ``autoq.measure`` verifies them.
 
         Args:
-            max_degradation: as in ``tune``; by default the loss limit stays.
+            max_degradation: as in ``tune``; by default the loss limit stays. Not for a KL divergence.
             max_increase: as in ``tune``.
             objective: as in ``tune``; by default unchanged.
             max_latency_us: as in ``tune``.
             max_weight_bytes: as in ``tune``.
 
         Raises:
+            InputError: if a limit is not usable for the metric.
             SearchError: if no plan is predicted to be within the limits.
         """
+        if self.metric == "kl" and max_degradation is not None and max_increase is None:
+            raise InputError(
+                "a KL divergence has no baseline that max_degradation could be relative to",
+                got=max_degradation,
+                fix="Pass max_increase= in nats.",
+            )
         limit = self.budget.max_loss
         if max_degradation is not None or max_increase is not None:
             found = loss_budget(

@@ -68,7 +68,8 @@ def summary_rows(plan: Plan) -> list[SummaryRow]:
     measured = plan.provenance.get("measured") or {}
     budget = plan.provenance.get("budget") or {}
     rows = [loss_row(measured, budget), *phase_loss_rows(measured, budget)]
-    rows += [_phase_row(name, phase) for name, phase in (measured.get("phases") or {}).items()]
+    # In the order of a plan file, so that a table does not change when the plan was saved in between.
+    rows += [_phase_row(name, phase) for name, phase in sorted((measured.get("phases") or {}).items())]
     rows.append(_request_row(plan, measured))
     if measured.get("none_latency_us") is not None:
         before, after = measured["none_latency_us"], measured.get("latency_us")
@@ -103,7 +104,7 @@ def phase_loss_rows(measured: Mapping[str, Any], budget: Mapping[str, Any]) -> l
     """A row with the loss of each phase's arithmetic, where a plan has schemes that switch with the rows; else none."""
     changes = {
         name: perplexity_change(delta) if budget.get("metric") == "nll" else f"{delta:+.3g}"
-        for name, phase in (measured.get("phases") or {}).items()
+        for name, phase in sorted((measured.get("phases") or {}).items())
         if (delta := _loss(phase, "loss_delta", None)) is not None
     }
     if not changes:
@@ -152,7 +153,7 @@ def speedup(before: float | None, after: float | None) -> str:
 
 def _request_row(plan: Plan, measured: Mapping[str, Any]) -> SummaryRow:
     before, after = measured.get("baseline_latency_us"), measured.get("latency_us")
-    calls = " + ".join(f"{count:g} {name}" for name, count in plan.phases.items())
+    calls = " + ".join(f"{count:g} {name}" for name, count in sorted(plan.phases.items()))
     name = f"request, ms ({calls})" if calls else "request, ms"
     return SummaryRow(name, interval(before), interval(after), speedup(before, after))
 

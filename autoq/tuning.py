@@ -262,12 +262,14 @@ class Tuning:
         return made
 
     def _budget(self, baseline: float) -> LossBudget:
-        return loss_budget(
-            self.metric_name,
-            baseline,
-            max_degradation=self.settings.max_degradation,
-            max_increase=self.settings.max_increase,
-        )
+        degradation, increase = self.settings.max_degradation, self.settings.max_increase
+        budget = loss_budget(self.metric_name, baseline, max_degradation=degradation, max_increase=increase)
+        if self.metric_name == "kl" and increase is None and degradation != Settings().max_degradation:
+            self.note(
+                f"max_degradation={degradation:g} is relative, and a KL divergence has no baseline to be relative to: "
+                f"its limit is {budget.max_increase:g} nats. max_increase sets another."
+            )
+        return budget
 
     def _limits(self, budget: LossBudget) -> Budget:
         objective = self.settings.objective

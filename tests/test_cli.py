@@ -1,6 +1,7 @@
 """The command line: what each verb prints, writes and exits with. Tuning itself is tested elsewhere."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -113,6 +114,13 @@ def test_help_is_one_screen_with_an_example(verb, capsys, monkeypatch):
     assert f"autoq {verb}" in text
     assert len(text.splitlines()) <= 40
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("group", [[], ["cache"]])
+def test_no_line_of_the_list_of_verbs_is_cut_off(group, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.run([*group, "--help"]) == 0
+    assert "..." not in capsys.readouterr().out.partition("Commands:")[2]
 
 
 def test_the_page_has_every_verb_and_every_exit_code():
@@ -351,6 +359,49 @@ def test_bench_prints_fresh_figures(folder, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "3.00 × as fast" in text
     assert "+0.01 [+0.008, +0.012]" in text
+
+
+def test_the_schemes_in_examples_are_among_the_default_ones(tuned, capsys):
+    """So that an example can be copied after a tuning that chose nothing else."""
+    named = {str(one.scheme) for one in candidates.DEFAULT}
+    assert cli.run(["explain", "--help"]) == 0
+    (example,) = [line for line in capsys.readouterr().out.splitlines() if "--force '" in line or "--force m" in line]
+    assert shlex.split(example)[-1].partition("=")[2] in named
+
+
+@pytest.mark.parametrize("verb", ["tune", "eval", "bench"])
+def test_a_text_that_does_not_exist_is_refused_before_the_model_is_loaded(folder, capsys, verb):
+    plan = [] if verb == "tune" else ["plan.json"]
+    assert cli.run([verb, "nothing:here", *plan, "--text", "absent.txt"]) == 1
+    printed = capsys.readouterr().err
+    assert "absent.txt: the text must be a readable UTF-8 file" in printed
+    assert "load" not in printed
+
+
+def test_a_text_for_a_model_without_a_tokenizer_is_refused(folder, capsys):
+    (folder / "some.txt").write_text("Some text.")
+    assert cli.run(["eval", "autoq_toy:make", "plan.json", "--text", "some.txt"]) == 1
+    assert "Error: --text some.txt: a text judges models that have a tokenizer; got autoq_toy:make" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("option", ["--max-increase", "--max-latency-us", "--max-weight-bytes", "--max-degradation"])
+def test_a_negative_limit_is_wrong_usage(folder, capsys, option):
+    assert cli.run(["tune", "autoq_toy:make", option, "-1"]) == 2
+    assert option in capsys.readouterr().err
+
+
+def test_bench_shows_its_stages(folder, monkeypatch, capsys):
+    """Compiling and timing take minutes."""
+
+    def measure(*_, progress, **__):
+        progress("compile", "forward, unquantized", 1, 3)
+        raise SearchError("only the stages are wanted")
+
+    monkeypatch.setattr(quantizing, "measure", measure)
+    assert cli.run(["bench", "autoq_toy:make", "plan.json"]) == 1
+    assert "compile 1/3 forward, unquantized" in capsys.readouterr().err
 
 
 def test_explain_reads_what_tune_wrote(tuned, capsys):

@@ -372,10 +372,46 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path):
         autoq.tune(classifier(), inputs(), cache_dir=tmp_path / "file")
 
 
-@pytest.mark.parametrize("arguments", [{"objective": "speed"}, {"max_degradation": -1}, {"candidates": ["int3"]}])
-def test_arguments_that_make_no_sense(tmp_path, arguments):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"objective": "speed"},
+        {"candidates": ["int3"]},
+        {"max_degradation": -1},
+        {"max_increase": math.nan},
+        {"max_latency_us": -1.0},
+        {"max_weight_bytes": math.inf},
+        {"n_trials": 0},
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_before_anything_runs(tmp_path, arguments):
+    stages = []
     with pytest.raises(AutoqError):
-        autoq.tune(classifier(), inputs(), cache_dir=tmp_path, **{"n_trials": 4, **arguments})
+        autoq.tune(
+            classifier(),
+            inputs(),
+            cache_dir=tmp_path,
+            progress=lambda stage, *_: stages.append(stage),
+            **{"n_trials": 4, **arguments},
+        )
+    assert stages == []
+
+
+def test_a_relative_budget_of_a_kl_divergence_is_not_ignored_in_silence(tmp_path):
+    result = autoq.tune(classifier(), inputs(), cache_dir=tmp_path, max_degradation=0.05, **QUICK)
+    assert result.metric == "kl"
+    (note,) = [one for one in result.notes if one.startswith("max_degradation=0.05 is relative")]
+    assert "its limit is 0.01 nats. max_increase" in note
+    with pytest.raises(InputError, match="Pass max_increase= in nats"):
+        result.retarget(max_degradation=0.2)
+    assert result.retarget(max_increase=0.2).provenance["budget"]["max_increase"] == pytest.approx(0.2)
+
+
+def test_measure_tells_its_stages():
+    stages = []
+    plan = autoq.Plan(layers={"blocks.0.0": "int8wo"})
+    autoq.measure(classifier(), plan, inputs(), progress=lambda stage, *_: stages.append(stage))
+    assert list(dict.fromkeys(stages)) == ["record", "evaluate", "compile", "measure"]
 
 
 @pytest.mark.parametrize("stage", ["profile", "sensitivity", "search"])

@@ -272,7 +272,7 @@ def _time_row(
     found: Explanation, times: Times, phase: str, row: tuple[str, str, int], ends: tuple[float, float]
 ) -> list[str]:
     kind, layer, count = row
-    none = times[layer].get(str(NONE), {}).get(phase, 0.0)
+    none = found.pricing.request.drift * times[layer].get(str(NONE), {}).get(phase, 0.0)
     cells = [tag("th", text(f"{kind} ×{count}" if count > 1 else kind), scope="row"), tag("td", text(duration(none)))]
     for scheme in _others(found):
         ratio = _ratio(times, layer, scheme, phase)

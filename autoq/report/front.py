@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autoq._files import parse_json, shown
-from autoq.errors import InputError
 from autoq.explaining_text import weight
 from autoq.figures import LossAxis, far_edge, front_points, loss_axis
 from autoq.placement import Box, Label, around, placed
+from autoq.pricing import assignment_of
 from autoq.report.svg import Frame, figure, picture, tag, text, wide
 from autoq.summary import FAMILIES, family
 
@@ -181,20 +180,11 @@ def _facts(row: Mapping[str, Any], axis: LossAxis) -> Iterator[str]:
     if row["weight_bytes"] is not None and math.isfinite(row["weight_bytes"]):
         yield f"weights {weight(row['weight_bytes'])}"
     yield "within the budget" if row["in_budget"] else "over the budget"
-    schemes = _assignment(row)
+    schemes = assignment_of(row)
     for part in FAMILIES:
         counts = Counter(scheme for layer, scheme in schemes.items() if family(layer) == part)
         if counts and not row["label"]:
             yield f"{part}: {', '.join(f'{scheme} ×{count}' for scheme, count in counts.most_common())}"
-
-
-def _assignment(row: Mapping[str, Any]) -> dict[str, str]:
-    """Layer → scheme of a plan."""
-    where = f"front: plan {row['plan']}"
-    found = parse_json(row["assignment"] or "{}", InputError, what="an assignment", where=where)
-    if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
-        raise InputError("an assignment is an object of layer to scheme", where=where, got=shown(found))
-    return found
 
 
 def _names(rows: list[dict[str, Any]], frame: Frame, edge: float, axis: LossAxis, font: float) -> Iterator[str]:

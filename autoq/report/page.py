@@ -89,7 +89,7 @@ def _sections(result: Result, found: Explanation | None, keep: Tips) -> Iterator
         yield "Where each scheme hurts", _hurts(found, keep)
         yield "How long layers take", time_tables(found, _phases(result), _times(result))
     drawn = predicted_charts(result.front, result.sensitivity, budget)
-    yield "Predicted and measured", _table(predicted_table(plan)) + drawn
+    yield "Predicted and measured", _table(predicted_table(plan, result.front)) + drawn
     yield "Memory", "" if found is None else memory_chart(found, result.workload, measured)
     yield "Refusals", _table(refusals_table(result))
     yield "Notes", tag("ul", [tag("li", text(note)) for note in result.notes]) if result.notes else ""

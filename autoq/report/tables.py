@@ -10,6 +10,7 @@ from autoq.explaining_text import duration, loss_text, other_text, weight
 from autoq.explaining_values import VERDICTS, Alternative
 from autoq.figures import relative_latency
 from autoq.result_files import Result
+from autoq.scheme import NONE
 from autoq.summary import UNKNOWN, SummaryRow, family, interval, perplexity_change, summary_rows
 
 if TYPE_CHECKING:
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from autoq.plan import Plan
 
 _SHOWN = 3  # names in a cell
+_PREDICTED = (
+    "Milliseconds are predicted at the speed that the machine had when single layers were timed, and it may have had "
+    "another when the plan was timed. So the error is of the time relative to none on every layer; of a phase, the "
+    "largest among the finalists."
+)
 _LONG = 40  # characters; a cell with more is a text and gets room
 
 
@@ -45,7 +51,7 @@ def report_tables(result: Result) -> list[Table]:
     headline = Table(
         "Before and after", SummaryRow._fields, summary_rows(plan), f"Budget: {budget.get('text', 'not recorded')}."
     )
-    made = [headline, uniform_table(result.front, budget), predicted_table(plan), refusals_table(result)]
+    made = [headline, uniform_table(result.front, budget), predicted_table(plan, result.front), refusals_table(result)]
     return [table for table in made if table.rows]
 
 
@@ -81,8 +87,13 @@ def _increase(delta: float, low: float, high: float, budget: Mapping[str, Any]) 
     return texts[0] + (f" [{texts[1]}, {texts[2]}]" if len(texts) == 3 else "")
 
 
-def predicted_table(plan: Plan) -> Table:
-    """What was predicted of the plan, and what was measured."""
+def predicted_table(plan: Plan, front: pd.DataFrame) -> Table:
+    """What was predicted of the plan, and what was measured.
+
+    Args:
+        plan: with its figures.
+        front: columns of ``tables.FRONT``; has what was predicted of ``none`` on every layer.
+    """
     predicted = plan.provenance.get("predicted") or {}
     measured = plan.provenance.get("measured") or {}
     errors = predicted.get("latency_error") or {}
@@ -94,17 +105,29 @@ def predicted_table(plan: Plan) -> Table:
             interval(phases.get(name, {}).get("time_us")),
             f"{errors[name]:.1%}" if name in errors else "",
         ]
-        for name, time in (predicted.get("phases") or {}).items()
+        for name, time in sorted((predicted.get("phases") or {}).items())
     ]
     if predicted.get("latency_us") is not None:
         rows.append(["request, ms", interval(predicted["latency_us"]), interval(measured.get("latency_us")), ""])
+        rows += _relative_row(predicted["latency_us"], measured, front)
     if predicted.get("loss_delta") is not None:
         loss = measured.get("loss_delta")
         rows.append(
             ["loss increase", f"{predicted['loss_delta']:+.4g}", UNKNOWN if loss is None else f"{loss:+.4g}", ""]
         )
-    note = "The error is of the time relative to none on every layer; of a phase, the largest among the finalists."
-    return Table("Predicted and measured", ("quantity", "predicted", "measured", "error"), rows, note)
+    return Table("Predicted and measured", ("quantity", "predicted", "measured", "error"), rows, _PREDICTED)
+
+
+def _relative_row(predicted_us: float, measured: Mapping[str, Any], front: pd.DataFrame) -> list[list[str]]:
+    """The request's time over that with none on every layer, as predicted and as measured; nothing if not timed."""
+    none = front.loc[front["label"] == str(NONE), "latency_predicted_us"].tolist()
+    # Where none is the unquantized model itself, it has no time of its own.
+    times = measured.get("latency_us"), measured.get("none_latency_us", measured.get("baseline_latency_us"))
+    if not none or not all(one is not None and 0 < one < math.inf for one in (predicted_us, *none[:1], *times)):
+        return []
+    ahead, found = predicted_us / none[0], times[0] / times[1]
+    error = f"{abs(ahead / found - 1):.1%}"
+    return [["request, relative to none on every layer", f"{ahead:.3f}", f"{found:.3f}", error]]
 
 
 def refusals_table(result: Result) -> Table:

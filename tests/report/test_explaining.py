@@ -2,15 +2,18 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
 
 import autoq
+from autoq import tables
 from autoq.errors import InputError
 from autoq.explaining import explain, load
 from autoq.explaining_text import duration, sentence, weight
 from autoq.plan import Plan
+from autoq.pricing import Request
 
 Q0, UP0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"
 
@@ -154,7 +157,8 @@ def test_limits_on_time_and_bytes_count_too(sample):
         sample.result(Plan(layers=sample.CHOSEN, provenance={"budget": budget, "measured": sample.MEASURED}))
     )
     assert (
-        found.force({Q0: "none"}).over == "7.004e+05 µs a request, limit 7.001e+05; 1e+08 bytes of weights, limit 1e+08"
+        found.force({Q0: "none"}).over
+        == "700,400 µs a request, limit 700,100; 100,003,840 bytes of weights, limit 100,000,000"
     )
     assert other(found.choice(Q0), sample.INT4).verdict == "promising"
     assert all(one.weight_bytes < 0 for one in found.counterfactuals(1)[:1])
@@ -164,8 +168,41 @@ def test_a_plan_without_figures_is_priced_by_its_costs(sample):
     found = explain(sample.result(), plan=sample.PLAN.replace({Q0: "none"}))
     assert not found.pricing.measured
     assert found.pricing.loss == pytest.approx(5 * 0.004 + 0.001)
-    assert found.pricing.time_us == 1000.0 + 5 * 400.0 + 6000.0
+    assert found.pricing.time_us == 500_000.0 + 400.0  # the front's figure for the chosen plan, and the change
+    assert found.pricing.weight_bytes == 1_000_000 + 8192 - 4352
+    assert "A request takes 500 ms" in str(found)
     assert "(predicted)" in str(found)
+
+
+def test_times_are_in_proportion_to_the_measured_request(sample):
+    """Layers were timed when the machine took twice as long as it took for the plan."""
+    made = sample.result()
+    slow = made.front["latency_predicted_us"].where(~made.front["chosen"], 1e6)
+    made.front = made.front.assign(latency_predicted_us=slow)
+    found = explain(made)
+    assert found.force({Q0: "none"}).time_us == 200.0
+    assert found.choice("lm_head").time_us == 3000.0
+    assert found.pricing.time_us == 700_000.0  # measured, of the plan itself
+    edited = explain(made, plan=sample.PLAN.replace({Q0: "none"}))
+    assert edited.pricing.time_us == 500_000.0 + 200.0
+    assert found.to_json()["base"]["drift"] == 0.5
+
+
+def test_without_a_timed_plan_the_layers_alone_are_told(sample):
+    made = sample.result(sample.PLAN.replace({Q0: "none"}))
+    made.front = made.front[~made.front["chosen"]]
+    found = explain(made)
+    assert found.pricing.time_us == 1000.0 + 5 * 400.0 + 6000.0
+    assert "Of a request its layers take 9 ms" in str(found)
+
+
+def test_a_request_that_is_left_unquantized_is_priced_by_none(sample):
+    """The unquantized model's own row has no costs: those of none are of autoq's kernels."""
+    made = sample.result(Plan(layers={}, provenance={"budget": sample.BUDGET}))
+    stock = sample.front_row("unquantized", "uniform", 0.0, 3000.0, chosen=True) | {"assignment": "{}"}
+    rows = [sample.front_row("none", "uniform", 0.0, 1000.0), stock]
+    made.front = tables.frame(rows, tables.FRONT)
+    assert explain(made).pricing.request == Request(1.0, 1_100_000.0 - 16_000.0, 1_000_000 - 16 * 8192)
 
 
 def test_an_empty_plan_is_none_on_every_layer(sample):
@@ -190,8 +227,14 @@ def test_plans_of_something_else_are_refused(sample, plan, where, message):
 def test_layers_that_were_not_decided_are_refused(found, sample):
     with pytest.raises(InputError, match="left alone: it is read"):
         found.choice(sample.ODD)
-    with pytest.raises(InputError, match="none of 7 layers"):
+    with pytest.raises(InputError, match="none of the 7 has") as problem:
         found.force({"elsewhere": "int8wo"})
+    assert problem.value.fix.endswith(" or another.")
+    with pytest.raises(InputError, match=r"Say model\.layers\.0\.mlp\.up_proj,"):
+        found.choice("model.layers.0.mlp.up_prj")
+    with pytest.raises(InputError, match=f"Say none or int8wo or {re.escape(sample.INT4)} or ") as problem:
+        found.force({Q0: "int9"})
+    assert problem.value.got == "int9: it was not among the candidates"
 
 
 def test_without_costs_there_is_no_explanation(sample):
@@ -223,7 +266,7 @@ def test_a_missing_file_is_named(written, tmp_path, name):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match=r"no such folder\. Give the folder that"):
         load(tmp_path / "nowhere")
 
 

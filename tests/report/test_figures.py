@@ -197,7 +197,7 @@ def test_the_loss_of_each_phase_is_shown_where_a_plan_has_mixes(sample):
     measured = sample.MEASURED | {"phases": phases}
     mixed = replace(sample.PLAN, provenance=dict(sample.PLAN.provenance) | {"measured": measured})
     (row,) = [row for row in summary_rows(mixed) if "by phase" in row.quantity]
-    assert row.change == "prefill +2.60%, decode +0.04%"
+    assert row.change == "decode +0.04%, prefill +2.60%"
     absolute = replace(mixed, provenance={"measured": measured, "budget": {"metric": "kl"}})
     (row,) = [row for row in summary_rows(absolute) if "by phase" in row.quantity]
-    assert row.change == "prefill +0.0257, decode +0.0004"
+    assert row.change == "decode +0.0004, prefill +0.0257"
