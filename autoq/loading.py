@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import io
@@ -111,6 +112,23 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Keep what transformers asks the package gguf for again and again: the parsed file, and the table of names.
+
+    It parses a file three times, in Python, and makes the table anew for every name: most of the time it takes.
+    """
+    gguf: Any = _transformers("gguf")
+    asked = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, one in asked.items():
+        setattr(gguf, name, functools.cache(one))
+    try:
+        yield
+    finally:
+        for name, one in asked.items():
+            setattr(gguf, name, one)
+
+
 def _from_gguf(path: Path) -> Loaded:
     """Dequantize a GGUF file into a fresh bfloat16 model, which, unlike transformers' own, can be saved."""
     import torch
@@ -121,7 +139,7 @@ def _from_gguf(path: Path) -> Loaded:
     for package in ("gguf", "accelerate"):
         _transformers(package)
     folder, name = path.parent, path.name
-    with _quiet(), _read_errors(path):
+    with _quiet(), _read_errors(path), _parsed_once():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
         read = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -133,7 +151,8 @@ def _from_gguf(path: Path) -> Loaded:
         config = type(read.config).from_dict(
             {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
         )
-        model = type(read)(config).to(torch.bfloat16)
+        # Built in bfloat16, not converted to it: the frequencies of rotary positions stay float32.
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
         model.load_state_dict(read.state_dict())
         model.tie_weights()
     model.generation_config = read.generation_config

