@@ -5,6 +5,7 @@ Array suffixes: P measured plans.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ _WORTHWHILE = 2e-3
 # When the search has converged, so many plans at the limit or beside the best may still fail to be the best.
 _LIMIT_TRIES = 2
 _LIMIT, _LAST = "limit", "last"  # labels of those plans
+# Where there are no more plans than this, all are weighed by what they promise, and _PATIENCE of them may fail.
+_FEW_PLANS = 4096
 # The search ends when this many trials together gained no more than chance would.
 _PATIENCE = 6
 # Standard deviations of the model's misses that a plan stays below the limit by; their number, summed weights.
@@ -135,7 +138,7 @@ class Proposer:
         if self._explored(view.points):
             return [self._known_best, self._at_limit]
         if self.converged(view.points):
-            last = view.points[-_LIMIT_TRIES:]
+            last = view.points[-(_PATIENCE if self._is_small else _LIMIT_TRIES) :]
             best = min(self._fitting(view.points), default=math.inf)
             tried = all(
                 point.label.startswith((_LIMIT, _LAST))
@@ -144,11 +147,15 @@ class Proposer:
             )
             if tried:
                 return [self._known_best]
-            return [self._known_best, self._at_limit, self._close_to_limit, self._last_move]
+            return [self._known_best, self._at_limit, self._close_to_limit, self._last_move, self._likeliest]
         others = [self._by_optuna, self._local] if view.turn // _EVERY % 2 else [self._local, self._by_optuna]
         if view.turn >= _FRONTIER_PLANS and view.turn % _EVERY == 0:
             return [self._known_best, self._at_limit, *others, self._into_gap]
         return [self._known_best, self._at_limit, self._into_gap, *others]
+
+    @property
+    def _is_small(self) -> bool:
+        return math.prod(len(unit.options) for unit in self.model.problem.units) <= _FEW_PLANS
 
     def _explored(self, points: Sequence[PlanPoint]) -> bool:
         """Whether an earlier search showed the front on both sides of the limit: only its best plan is missing then."""
@@ -310,6 +317,41 @@ class Proposer:
         if problem.value(found.assignment, metric) > base - _WORTHWHILE * abs(base):
             return None
         return found._replace(label=f"{_LAST} {view.turn}")
+
+    def _likeliest(self, view: _View) -> Proposal | None:
+        """Of few plans, the one with the largest expected gain: what it is better by, times how likely it fits.
+
+        In a small problem a plan may be far better than its neighbours, and the model wrong about it.
+        """
+        metric, limits = self.budget.metric, self.budget.limits
+        best = min(self._fitting(view.points), default=math.inf)
+        if not self._is_small or self.budget.primary != "loss" or not math.isfinite(best):
+            return None
+        bias, deviation = self._misses(view)
+        problem, taken = self.model.problem, view.taken
+        hard: list[Metric] = [one for one in ("time", "bytes") if one in limits]
+        worth: dict[Assignment, float] = {}
+        for plan in itertools.product(*(range(len(unit.options)) for unit in problem.units)):
+            gain = best - problem.value(plan, metric)
+            if plan in taken or gain < _WORTHWHILE * best or any(problem.value(plan, x) > limits[x] for x in hard):
+                continue
+            distance = (limits["loss"] - self.model.predict(view.fitted, plan) - bias) / deviation
+            worth[plan] = gain * math.erfc(-distance / math.sqrt(2.0))
+        found = max(worth, key=lambda plan: worth[plan], default=None)
+        return None if found is None else Proposal("local", f"{_LAST} {view.turn}", found)
+
+    def _misses(self, view: _View) -> tuple[float, float]:
+        """Mean and spread of how far plans near the limit measure, at their interval's end, above prediction."""
+        limit = self.budget.limits["loss"]
+        mixed = [one for one in view.points if one.source != "uniform" and one.full]
+        near = [one for one in mixed if math.isfinite(one.evaluation.high)]
+        if not near or limit <= 0:
+            return 0.0, max(limit, 1e-12)
+        miss_P = np.array([one.evaluation.high - self.model.predict(view.fitted, one.assignment) for one in near])
+        weight_P = np.exp(-0.5 * ((np.array([one.evaluation.loss_delta for one in near]) / limit - 1.0) / 0.5) ** 2)
+        mean = float(weight_P @ miss_P / weight_P.sum())
+        spread = float(weight_P @ (miss_P - mean) ** 2 / weight_P.sum())
+        return mean, math.hypot(math.sqrt(spread), _LEAST_DEVIATION * limit)
 
     def decode(
         self,

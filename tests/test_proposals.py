@@ -1,6 +1,8 @@
 """Where the next plan is looked for, and when the search ends."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -254,3 +256,49 @@ def test_a_neighbour_of_the_best_plan_is_tried_where_it_promises_at_least_a_meas
         min((one for one in frontier(PROBLEM) if one.loss <= LIMIT), key=lambda one: one.time_us).assignment
     )
     assert found._last_move(view._replace(points=[*points, at_limit])) is None
+
+
+def slower_than_best(seed):
+    """By how much the plan found is slower than the best of 256, where plans measure far off the model."""
+    rng, times = np.random.default_rng(seed), (10.0, 6.0, 5.5, 4.0)
+    small = Problem(
+        units=tuple(
+            Unit(
+                name=f"u{number}",
+                layers=(f"l{number}",),
+                options=tuple(
+                    Option(scheme=f"s{i}", time_us=float(t * rng.uniform(0.9, 1.1)), loss=float(x), bytes=1)
+                    for i, (t, x) in enumerate(zip(times, (0.0, *rng.uniform(0.01, 0.04, 3)), strict=True))
+                ),
+            )
+            for number in range(4)
+        )
+    )
+    plans = list(itertools.product(range(4), repeat=4))
+    truth = {plan: small.loss(plan) * float(rng.lognormal(0.0, 0.5)) for plan in plans}
+    best = min(small.time_us(plan) for plan in plans if truth[plan] <= LIMIT)
+    families = {unit.name: unit.name for unit in small.units}
+    uniform = {f"s{i}": (i,) * 4 for i in range(4)}
+    found = proposer(model=LossModel(small, families, LIMIT), uniform=uniform)
+    points, trials = [], []
+    while (proposal := found.propose(points, trials, 40)) is not None:
+        plan = proposal.assignment or found.decode(
+            {name: float(rng.uniform(*found.ranges[name])) for name in found.ranges}, found.model.fit(points), points
+        )
+        evaluation = Evaluation(
+            loss_delta=truth[plan], low=truth[plan], high=truth[plan], samples=8, rows=(truth[plan],) * 8
+        )
+        one = point((0,) * 12, source=proposal.source, label=proposal.label, time_us=small.time_us(plan))
+        one = replace(one, assignment=plan, predicted_loss=small.loss(plan), evaluation=evaluation)
+        trials.append({"source": proposal.source, "repeated": any(known.assignment == plan for known in points)})
+        points = [*(known for known in points if known.assignment != plan), one]
+    return min(one.time_us for one in points if one.fits(found.budget)) / best - 1.0
+
+
+def test_in_a_small_problem_plans_are_tried_that_the_model_may_be_wrong_about(monkeypatch):
+    patient = [slower_than_best(seed) for seed in range(14)]
+    monkeypatch.setattr(proposals, "_FEW_PLANS", 0)
+    hasty = [slower_than_best(seed) for seed in range(14)]
+    assert all(one <= other for one, other in zip(patient, hasty, strict=True))
+    assert (patient[6], patient[12]) == (0.0, 0.0)
+    assert min(hasty[6], hasty[12]) > 0.01

@@ -289,11 +289,13 @@ def test_knapsack_problem_has_the_size_of_a_model_and_gaps_within_what_is_promis
 
 def test_figures_say_what_was_met_and_leave_out_what_was_not_measured(bench):
     data = {"regret": 0.01, "spearman": 0.9, "evaluations": 49, "latency_error_median": float("nan")}
+    data["nsga2_ratio"] = None
     lines = {line.split()[0]: line for line in bench.report.figures(data).splitlines()}
     assert set(lines) == set(data)
     assert lines["regret"].endswith("≤ 2.00%  met")
     assert lines["spearman"].endswith("≥ 0.950  MISSED")
     assert lines["evaluations"].endswith("≤ 49  met")
+    assert lines["nsga2_ratio"].endswith("theirs: 0   met")
     assert lines["latency_error_median"].endswith("nan")
 
 

@@ -155,7 +155,8 @@ def measure_front(bench: Bench) -> dict[str, Any]:
             rows.append(_front_row(f"{name}, {count}", plans[:count], uniform))
             gains.setdefault(f"{name.rpartition('-')[0]}{key}_ratio", []).append(rows[-1]["gain"])
     ours_gain = statistics.fmean(row["gain"] for row in mine)
-    found |= {key: ours_gain / max(statistics.fmean(theirs), 1e-12) for key, theirs in gains.items()}
+    for key, theirs in gains.items():  # None where theirs is no more than the uniform plans
+        found[key] = ours_gain / statistics.fmean(theirs) if max(theirs) > 0 else None
     if bench.reference is not None:
         long = [Plan(*plan) for plan in bench.reference["plans"]]
         rows.append(_front_row("reference", long, uniform))
