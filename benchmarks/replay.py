@@ -144,7 +144,8 @@ def child(options: argparse.Namespace) -> None:
         import gguf  # noqa: F401
         import transformers
 
-        transformers.AutoModelForCausalLM, transformers.AutoTokenizer, transformers.LlamaForCausalLM  # noqa: B018
+        # Each is imported when it is first asked for.
+        autoq.hf, transformers.AutoModelForCausalLM, transformers.AutoTokenizer, transformers.LlamaForCausalLM  # noqa: B018
     if options.child in REPLAYS:
         source = options.model if options.child == REPLAYS[0] else str(options.folder.with_name(FLOAT))
         found = measured(lambda: replay(source, options.plan))
