@@ -40,7 +40,7 @@ from autoq.profiler import LatencyModel, isolated_times, profile, shapes_of
 from autoq.profiler.end_to_end import UNQUANTIZED
 from autoq.recorder import record as record_inputs
 from autoq.results import Settings, TuneResult
-from autoq.scheme import NONE, Scheme
+from autoq.scheme import NONE
 from autoq.search import Budget, PlanPoint, Problem, SearchResult
 from autoq.shadow import PackedStore, Shadow
 from autoq.summary import loss_family
@@ -50,7 +50,6 @@ from autoq.verdict import Evidence, choose, finished_plan, front_rows, layers_of
 from autoq.workload import Phase
 
 _log = logging.getLogger(__name__)
-Assignment = Mapping[str, Scheme]
 
 _NOTED_SHARE = 0.01  # of the model's bytes
 
