@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from autoq.errors import SearchError
 from autoq.hypervolume import gain_and_noise, improvements
@@ -39,7 +40,7 @@ _FEW_PLANS = 4096
 # The search ends when this many trials together gained no more than chance would.
 _PATIENCE = 6
 # Standard deviations of the model's misses that a plan stays below the limit by; their number, summed weights.
-_CAUTION, _ONE_PLAN = 2.0, 1.0
+_CAUTION, _ONE_PLAN, _NO_PLAN = 2.0, 1.0, 1e-6
 # Of those misses, as a share of the limit: plans alike miss alike, the next one may not.
 _LEAST_DEVIATION = 0.04
 # A measured plan corrects predictions of plans with about its loss: half-width as a ratio of losses.
@@ -349,9 +350,9 @@ class Proposer:
             return 0.0, max(limit, 1e-12)
         miss_P = np.array([one.evaluation.high - self.model.predict(view.fitted, one.assignment) for one in near])
         weight_P = np.exp(-0.5 * ((np.array([one.evaluation.loss_delta for one in near]) / limit - 1.0) / 0.5) ** 2)
-        mean = float(weight_P @ miss_P / weight_P.sum())
-        spread = float(weight_P @ (miss_P - mean) ** 2 / weight_P.sum())
-        return mean, math.hypot(math.sqrt(spread), _LEAST_DEVIATION * limit)
+        if weight_P.sum() <= _NO_PLAN:
+            return 0.0, limit
+        return _mean_and_deviation(miss_P, weight_P, limit)
 
     def decode(
         self,
@@ -384,14 +385,20 @@ class Proposer:
         weight_P = np.exp(-0.5 * ((delta_P - limit) / (0.3 * limit)) ** 2)
         spread_P = np.array([point.evaluation.spread for point in near])
         error_P = delta_P - np.array([self.model.predict(fitted, point.assignment) for point in near])
-        spread = float(weight_P @ spread_P / weight_P.sum()) if weight_P.sum() > 1e-6 else 0.0
+        spread = float(weight_P @ spread_P / weight_P.sum()) if weight_P.sum() > _NO_PLAN else 0.0
         bias = float(weight_P @ error_P / (weight_P.sum() + 1.0))
         # Uniform plans are off in ways that mixed ones are not.
         mixed_P = weight_P * np.array([point.source != "uniform" for point in near])
         deviation = 0.0
         if mixed_P.sum() > _ONE_PLAN:
-            miss_P = error_P + spread_P
-            mean = float(mixed_P @ miss_P / mixed_P.sum())
-            squares = float(mixed_P @ (miss_P - mean) ** 2 / mixed_P.sum())
-            deviation = math.hypot(math.sqrt(squares), _LEAST_DEVIATION * limit)
+            _, deviation = _mean_and_deviation(error_P + spread_P, mixed_P, limit)
         return math.log(min(max(1.0 - (spread + bias + caution * deviation) / limit, 0.2), 2.0))
+
+
+def _mean_and_deviation(
+    miss_P: npt.NDArray[np.float64], weight_P: npt.NDArray[np.float64], limit: float
+) -> tuple[float, float]:
+    """Of plans' misses, weighted; the next plan may miss by more than these differ by."""
+    mean = float(weight_P @ miss_P / weight_P.sum())
+    squares = float(weight_P @ (miss_P - mean) ** 2 / weight_P.sum())
+    return mean, math.hypot(math.sqrt(squares), _LEAST_DEVIATION * limit)

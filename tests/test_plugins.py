@@ -310,9 +310,8 @@ def test_a_plan_imports_nothing_but_the_entry_point_of_its_key(package):
 # -- the suite ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forgetful(AffineCandidate):
-    """Its codes are one too high, its bytes too few."""
+class Rounding(AffineCandidate):
+    """Rounds to nearest, as the suite wants it; what is wrong with it, ``broken`` adds."""
 
     key: ClassVar[str] = "int4wo-hqq"
 
@@ -321,7 +320,15 @@ class Forgetful(AffineCandidate):
         return 4
 
     def quantize_groups(self, w):
-        grid = numerics.rtn(w, 4)
+        return numerics.rtn(w, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgetful(Rounding):
+    """Its codes are one too high, its bytes too few."""
+
+    def quantize_groups(self, w):
+        grid = super().quantize_groups(w)
         return numerics.Grid((grid.codes + 1).clamp(max=15), grid.scale, grid.minimum)
 
     def weight_bytes_for(self, n, k):
@@ -336,19 +343,6 @@ def test_the_suite_finds_what_is_wrong():
         suite.test_its_name_gives_it_back(wrong)
     with pytest.raises(AssertionError, match=r"beyond that of the nearest code is at most 1e-06; got 0\.[0-9]+"):
         NearestCodes().test_every_code_is_the_nearest(wrong)
-
-
-class Rounding(AffineCandidate):
-    """Rounds to nearest, as the suite wants it; what is wrong with it, ``broken`` adds."""
-
-    key: ClassVar[str] = "int4wo-hqq"
-
-    @property
-    def code_bits(self):
-        return 4
-
-    def quantize_groups(self, w):
-        return numerics.rtn(w, 4)
 
 
 def broken(**parts):

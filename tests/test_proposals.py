@@ -302,3 +302,9 @@ def test_in_a_small_problem_plans_are_tried_that_the_model_may_be_wrong_about(mo
     assert all(one <= other for one, other in zip(patient, hasty, strict=True))
     assert (patient[6], patient[12]) == (0.0, 0.0)
     assert min(hasty[6], hasty[12]) > 0.01
+
+
+def test_where_no_plan_is_near_the_limit_nothing_is_known_of_misses():
+    far = [point((1,) * 12, 60 * LIMIT), point((2,) * 12, 80 * LIMIT)]
+    view = proposals._View(far, [], [], proposer().model.fit(far), 2)
+    assert proposer()._misses(view) == (0.0, LIMIT)
