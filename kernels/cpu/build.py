@@ -42,8 +42,8 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_OPERATORS = ("linear", "dequantize", "kernel_name", "quantize", "sinkhorn")
-_DEFAULT_OPERATORS = ("linear", "dequantize")
+_OPERATORS = ("linear", "dequantize", "embedding", "attention", "store_kv", "kernel_name", "quantize", "sinkhorn")
+_DEFAULT_OPERATORS = ("linear", "dequantize", "embedding", "attention", "store_kv")
 _REFERENCE = "torch.reference"
 
 

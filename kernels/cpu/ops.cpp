@@ -1,4 +1,4 @@
-// The operators linear, dequantize and kernel_name on the CPU: checks, choice of the path, threads.
+// The operators linear, dequantize, embedding and kernel_name on the CPU: checks, choice of the path, threads.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/Utils.h>
@@ -11,7 +11,9 @@
 #include <algorithm>
 #include <string>
 
+#include "attention.h"
 #include "gradient.h"
+#include "kv_rows.h"
 #include "library.h"
 #include "packed.h"
 #include "scalar.h"
@@ -202,6 +204,28 @@ Tensor dequantize_op(const Tensor& head, int64_t n, int64_t k) {
   return out;
 }
 
+// Rows of the weight, in any of the dtypes.
+Tensor embedding(const Tensor& indices, const Tensor& head, int64_t n, int64_t k, at::ScalarType type) {
+  const Packed w = read(head);
+  check_shape(w, n, k);
+  TORCH_CHECK(indices.device().is_cpu() && (indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt),
+              "autoq: indices must be int64 or int32 on the CPU; got ", indices.toString());
+  const Tensor rows = indices.to(at::kLong).contiguous();
+  const int64_t* row = rows.const_data_ptr<int64_t>();
+  const int64_t count = rows.numel();
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_CHECK_INDEX(0 <= row[i] && row[i] < n, "autoq: indices must be in [0, ", n, "); got ", row[i]);
+  }
+  c10::SmallVector<int64_t, 5> shape(indices.sizes().begin(), indices.sizes().end());
+  shape.push_back(k);
+  const Tensor out = at::empty(shape, at::TensorOptions().dtype(type));
+  const Typed out_typed = typed(out, "the result");
+  at::parallel_for(0, count, grain(k), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) dequantize(w, row[i], row[i] + 1, offset(out_typed, i * k));
+  });
+  return out;
+}
+
 std::string scheme_name(const Packed& w, int64_t m) {
   switch (w.kind) {
     case Kind::kDense: return w.bits == 16 ? "bf16" : w.bits == 17 ? "fp16" : "fp32";
@@ -233,22 +257,27 @@ std::string kernel_name(const Tensor& head, int64_t m, at::ScalarType type) {
 AUTOQ_LIBRARY(AUTOQ_NAMESPACE, library) {
   library.def("linear(Tensor x, Tensor head, Tensor? bias, int n) -> Tensor");
   library.def("dequantize(Tensor head, int n, int k) -> Tensor");
+  library.def("embedding(Tensor indices, Tensor head, int n, int k, ScalarType dtype) -> Tensor");
   library.def("kernel_name(Tensor head, int m, ScalarType dtype) -> str");
 }
 
 AUTOQ_LIBRARY_IMPL(AUTOQ_NAMESPACE, CPU, library) {
   library.impl("linear", TORCH_FN(autoq::linear));
   library.impl("dequantize", TORCH_FN(autoq::dequantize_op));
+  library.impl("embedding", TORCH_FN(autoq::embedding));
   library.impl("kernel_name", TORCH_FN(autoq::kernel_name));
 }
 
-// Makes this build the CPU implementation of autoq::linear and autoq::dequantize, until the process ends.
+// Makes this build the CPU implementation of the operators that autoq:: has, until the process ends.
 extern "C" __attribute__((visibility("default"))) void autoq_register_default() {
   using Library = torch::Library;
   static const auto* cpu = [] {
     auto* library = new Library(Library::IMPL, "autoq", c10::DispatchKey::CPU, __FILE__, __LINE__);
     library->impl("linear", TORCH_FN(autoq::linear));
     library->impl("dequantize", TORCH_FN(autoq::dequantize_op));
+    library->impl("embedding", TORCH_FN(autoq::embedding));
+    library->impl("attention", TORCH_FN(autoq::attention));
+    library->impl("store_kv", TORCH_FN(autoq::store_kv));
     return library;
   }();
   (void)cpu;

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from autoq_kernels import layout, ops
+from autoq_kernels import kv_rows, layout, ops
 from autoq_kernels.layout import Kind
 
 N, K = 6, 75  # neither a multiple of a tile, a vector or a block
@@ -90,12 +90,38 @@ def wrong_results(namespace: str) -> list[str]:
         error = relative_rms(operators.dequantize(head, N, K), ops.dequantize(head, N, K))
         if not error <= 1e-6:
             wrong.append(f"dequantize of {name}: relative error {error:.2e}")
+        rows = torch.tensor([[N - 1, 0], [2, 2]])
+        found = operators.embedding(rows, head, N, K, torch.float32)
+        if not torch.equal(found, operators.dequantize(head, N, K)[rows]):
+            wrong.append(f"embedding of {name}: other rows than dequantize")
         for m, (dtype, tolerance) in itertools.product(ROWS, TOLERANCE.items()):
             g = torch.Generator().manual_seed(m)
             x, bias = torch.randn(m, K, generator=g).to(dtype), torch.randn(N, generator=g).to(dtype)
             error = relative_rms(operators.linear(x, head, bias, N), ops.linear(x.float(), head, bias, N))
             if not error <= tolerance:
                 wrong.append(f"linear of {name}, {m} rows of {dtype}: relative error {error:.2e}")
+    return wrong + _wrong_attention(operators)
+
+
+def _wrong_attention(operators: Any) -> list[str]:
+    """The same of attention over numbers and over the rows of a quantized cache, for one query and for many."""
+    wrong: list[str] = []
+    g = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 2, 70, 64, generator=g) for _ in range(2))
+    caches: dict[str, tuple[Tensor, Tensor]] = {"float32": (k, v), "bfloat16": (k.bfloat16(), v.bfloat16())}
+    for precision in get_args(kv_rows.Precision):
+        rows = [torch.zeros(1, 2, 70, kv_rows.row_bytes(precision, 64), dtype=torch.uint8) for _ in range(4)]
+        operators.store_kv(rows[0], rows[1], k, v, torch.tensor(0))
+        ops.store_kv(rows[2], rows[3], k, v, torch.tensor(0))
+        if not (torch.equal(rows[0], rows[2]) and torch.equal(rows[1], rows[3])):
+            wrong.append(f"store_kv of {precision}: other bytes than the definition's")
+        caches[precision] = (rows[0], rows[1])
+    for (name, (keys, values)), queries in itertools.product(caches.items(), (1, 20)):
+        q = torch.randn(1, 4, queries, 64, generator=g).to(keys.dtype if keys.is_floating_point() else torch.float32)
+        found = operators.attention(q, keys, values, None, 0.125, True)
+        error = relative_rms(found, ops.attention(q, keys, values, None, 0.125, True))
+        if not error <= TOLERANCE[q.dtype]:
+            wrong.append(f"attention of {queries} queries over {name}: relative error {error:.2e}")
     return wrong
 
 

@@ -40,7 +40,11 @@ inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
 inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }  // NaN only where b is
 inline F32 to_float(I32 v) { return _mm512_cvtepi32_ps(v); }
+inline F32 power_of_two(I32 n) {  // of -126 … 127
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
+}
 inline I32 round_to_int(F32 v) { return _mm512_cvtps_epi32(v); }  // half to even
 inline F32 load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -81,6 +85,7 @@ inline F32 widen_high(I16 v) { return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_
 
 inline int32_t lane_sum(I32 v) { return _mm512_reduce_add_epi32(v); }
 inline float lane_sum(F32 v) { return _mm512_reduce_add_ps(v); }
+inline float lane_max(F32 v) { return _mm512_reduce_max_ps(v); }
 inline int32_t lane_max(I32 v) { return _mm512_reduce_max_epi32(v); }
 
 // out[j] += the sum of the lanes of v[j]

@@ -59,7 +59,12 @@ inline F32 div(F32 a, F32 b) { return a / b; }
 inline F32 add(F32 a, F32 b) { return a + b; }
 inline F32 sub(F32 a, F32 b) { return a - b; }
 inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
+inline F32 max(F32 a, F32 b) { return a > b ? a : b; }  // NaN only where b is
 inline F32 to_float(I32 v) { return __builtin_convertvector(v, F32); }
+inline F32 power_of_two(I32 n) {  // of -126 … 127
+  const I32 bits = (n + 127) << 23;
+  return load_as<F32>(&bits);
+}
 inline I32 round_to_int(F32 v) {
   const F32 shift = splat(12582912.0f);  // 1.5·2^23: adding it rounds |v| < 2^22 half to even
   return __builtin_convertvector((v + shift) - shift, I32);
@@ -122,6 +127,11 @@ inline void add_lane_sums(const Vector (&v)[4], Scalar* out) {
     const Vector u = v[j];
     out[j] += ((u[0] + u[4]) + (u[2] + u[6])) + ((u[1] + u[5]) + (u[3] + u[7]));
   }
+}
+inline float lane_max(F32 v) {
+  float m = v[0];
+  for (int j = 1; j < 8; ++j) m = v[j] > m ? v[j] : m;
+  return m;
 }
 inline int32_t lane_max(I32 v) {
   int32_t m = v[0];

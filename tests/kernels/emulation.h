@@ -97,4 +97,5 @@ inline Element reduce(Vector v, F&& f) {
 #define _mm512_reduce_add_epi32(v) emulated::reduce<int32_t>(v, [](int32_t a, int32_t b) { return a + b; })
 #define _mm512_reduce_max_epi32(v) emulated::reduce<int32_t>(v, [](int32_t a, int32_t b) { return a > b ? a : b; })
 #define _mm512_reduce_add_ps(v) emulated::reduce<float>(v, [](float a, float b) { return a + b; })
+#define _mm512_reduce_max_ps(v) emulated::reduce<float>(v, [](float a, float b) { return a > b ? a : b; })
 #endif
