@@ -64,6 +64,7 @@ class ApplyReport:
         slow: schemes of the plan that have no kernel here, in sentences: their layers dequantize at every call.
         others: weights that no plan can quantize (experts, convolutions, …), with their share of the float model's
             bytes; embeddings are not among them.
+        attention: what the plan gave a transformers model as its attention; None where it says nothing.
     """
 
     applied: Mapping[str, Scheme]
@@ -74,11 +75,14 @@ class ApplyReport:
     stale: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
     others: tuple[OtherWeight, ...] = ()
+    attention: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{len(self.applied)} layers quantized"]
         if self.unquantized:
             lines.append(f"{len(self.unquantized)} layers unquantized in autoq's kernels")
+        if self.attention is not None:
+            lines.append(f"attention: {self.attention}'s")
         lines += [f"slow: {text}" for text in self.slow]
         lines += [f"stale: {text}" for text in self.stale]
         lines += [f"left alone: {one.name} ({one.scheme}): {one.reason}" for one in self.skipped]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,15 @@ from autoq import candidates
 from autoq.apply_report import ApplyReport, SkippedLayer
 from autoq.candidates import Candidate, Packed
 from autoq.device_check import stale_figures
-from autoq.errors import CandidateError, ModelError
+from autoq.errors import CandidateError, ModelError, PlanError
 from autoq.fitting import Layer, fit
+from autoq.fused import FusedPart
 from autoq.hf_marks import mark
 from autoq.linear_layers import bias_of, weight_of
 from autoq.modules import QuantLinear, quantized_layers, replace_modules, unwrap
 from autoq.other_weights import other_weights
 from autoq.plan import Plan
+from autoq.quant_embedding import embeddings_of
 from autoq.scheme import NONE, Scheme
 
 __all__ = ["ApplyReport", "SkippedLayer", "apply", "plan_of", "restore"]
@@ -39,9 +42,10 @@ def apply(
 
     All weights are packed before the first layer is replaced: after an error the model is as it was. Layers planned as
     ``none`` keep their weight: in autoq's kernels where those are faster (bfloat16 and float16 on the CPU; it is no
-    parameter then), and as the layer they are elsewhere. A plan without layers leaves the model alone. A model
+    parameter then), and as the layer they are elsewhere. A plan without layers leaves the layers alone. A model
     that is quantized already can change its plan if it kept its float weights, or where the scheme stays the same.
-    Parameters tied to a packed weight (an embedding) keep theirs.
+    Parameters tied to a packed weight (an embedding) keep theirs. A transformers model gets the attention that the
+    plan's section ``model`` names, if it names one, and keeps it when layers are restored.
 
     Args:
         model: plain, compiled or wrapped.
@@ -59,16 +63,21 @@ def apply(
         before anything is packed.
 
     Raises:
-        PlanError: if no layer of the plan is in the model, or anything was left out and ``strict`` is set.
+        PlanError: if no layer of the plan is in the model, anything was left out and ``strict`` is set, or the model
+            cannot have the plan's attention.
         CandidateError: if a scheme is unknown, or a weight cannot be packed (NaN); the layer is named.
         ModelError: if the model is quantized already and its float weights are gone.
     """
+    attention = _attention_of(model, plan)
     found = fit(model, plan, strict=strict)
     stale = stale_figures(plan, found.chosen[0][0].device) if found.chosen else ()
     others = other_weights(model)
+    _check_unread(model, [layer.module for layer, candidate in found.chosen if _becomes_float(layer, candidate)])
     with torch.inference_mode(False), torch.no_grad():
         weights = _pack(found.chosen, packed or {}, progress)
         _install(model, found.chosen, weights, keep_float)
+    if attention is not None:
+        use_attention(model, attention)
     carried = {layer.name: candidate.scheme for layer, candidate in found.chosen}
     _remember(model, _changed(plan, {name: carried.get(name, NONE) for name in found.wanted}))
     mark(model)
@@ -81,7 +90,27 @@ def apply(
         stale=stale,
         slow=found.slow,
         others=others,
+        attention=attention,
     )
+
+
+def use_attention(model: nn.Module, name: str) -> None:
+    """Give a transformers model another attention, by the name that transformers knows it by."""
+    import autoq.attention  # noqa: F401  (registers autoq's)
+
+    root: Any = unwrap(model)
+    root.set_attn_implementation(name)
+
+
+def _attention_of(model: nn.Module, plan: Plan) -> str | None:
+    """Transformers' name of the attention that a plan decided on; None where it says nothing."""
+    wanted = plan.model.get("attention")
+    if wanted is not None and (wanted != "autoq" or not hasattr(unwrap(model), "set_attn_implementation")):
+        raise PlanError(
+            "$.model.attention is autoq, for a model of transformers",
+            got=f"{wanted} for {type(unwrap(model)).__name__}",
+        )
+    return None if wanted is None else str(wanted)
 
 
 def plan_of(model: nn.Module) -> Plan | None:
@@ -118,6 +147,7 @@ def restore(model: nn.Module) -> int:
             got=f"{len(gone)} of {len(layers)} quantized layers without them",
             fix="Apply the plan with keep_float=True, or load the float model again.",
         )
+    _check_unread(model, list(layers.values()))
     replace_modules(model, {layer: _float_layer(layer) for layer in layers.values()})
     mark(model)
     return len(layers)
@@ -129,6 +159,7 @@ def _pack(
     """The packed weights of all layers that change, but for those that become float layers."""
     weights: dict[str, Packed] = {}
     todo = [(layer, candidate) for layer, candidate in chosen if _changes(layer, candidate)]
+    _check_free(todo)
     for count, (layer, candidate) in enumerate(todo):
         if progress is not None:
             progress("apply", layer.name, count, len(todo))
@@ -146,6 +177,27 @@ def _pack(
     return weights
 
 
+def _check_free(todo: Sequence[tuple[Layer, Candidate]]) -> None:
+    """Refuse to change layers that are fused."""
+    fused = next(((layer.name, candidate) for layer, candidate in todo if isinstance(layer.module, FusedPart)), None)
+    if fused is not None:
+        name, candidate = fused
+        raise ModelError(
+            "a fused layer keeps its scheme", where=name, got=candidate.scheme, fix="Call autoq.unfuse(model) first."
+        )
+
+
+def _check_unread(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Refuse to make layers float again whose packed weight an embedding reads."""
+    read = next((name for name, one in embeddings_of(unwrap(model)).items() if one.source in layers), None)
+    if read is not None:
+        raise ModelError(
+            "a layer stays quantized while an embedding reads its weight (autoq.share_embedding)",
+            where=read,
+            fix="Load the model again.",
+        )
+
+
 def _float_weight(layer: Layer) -> Tensor:
     if layer.original is None:
         raise ModelError(
@@ -161,6 +213,10 @@ def _is_left_alone(layer: Layer, candidate: Candidate) -> bool:
     """Whether the layer is a float layer under the scheme."""
     unplanned = candidate.scheme == NONE and layer.reason is not None
     return unplanned or candidate.leaves_alone(layer.dtype, layer.device)
+
+
+def _becomes_float(layer: Layer, candidate: Candidate) -> bool:
+    return _changes(layer, candidate) and _is_left_alone(layer, candidate)
 
 
 def _changes(layer: Layer, candidate: Candidate) -> bool:

@@ -18,6 +18,7 @@ from autoq.errors import AutoqError, CheckpointError
 from autoq.linear_layers import bias_of, size_of, weight_of
 from autoq.modules import QuantLinear, find_linears, replace_modules, unwrap
 from autoq.plan import Plan, plain_name
+from autoq.quant_linear import PackedModule
 from autoq.sections import HEADER, Unfilled, allocate, finished
 from autoq.shards import Form
 
@@ -135,7 +136,7 @@ def holdings(root: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
     found: dict[str, tuple[nn.Module, str, Tensor]] = {}
     for path, module in root.named_modules():
         held = dict(module._parameters)
-        if not isinstance(module, QuantLinear):
+        if not isinstance(module, PackedModule):
             held |= module._buffers
         for leaf, tensor in held.items():
             if tensor is not None:

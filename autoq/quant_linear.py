@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,65 @@ from autoq.sections import HEADER, SCHEME, assemble
 from autoq_kernels import layout
 
 
-class QuantLinear(nn.Module):
+class PackedModule(nn.Module):
+    """A module around one packed weight, which is a buffer; ``head`` is a view of its first bytes.
+
+    Conversions of dtype touch only an unquantized weight; moves between devices move the codes.
+
+    Attributes:
+        candidate: the implementation of the weight's scheme.
+        dtype: the compute dtype.
+    """
+
+    head: Tensor
+    packed: Tensor
+    candidate: Candidate
+    dtype: torch.dtype
+
+    def _set_buffer(self, data: Tensor) -> None:
+        load_kernels(data.device)
+        self.register_buffer("packed", data, persistent=False)
+        # Of the same storage, but no autograd view: Dynamo would guard on a view's base and so on the scheme's size.
+        # A buffer too, because CUDA graphs copy inputs that are no buffers, and the copy would hold 128 bytes.
+        # Never made in inference mode: the gradient saves it.
+        with torch.inference_mode(False):
+            head = torch.empty(0, dtype=torch.uint8, device=data.device)
+            head.set_(data.untyped_storage(), data.storage_offset(), (layout.HEADER_BYTES,), (1,))
+        self.register_buffer("head", head, persistent=False)
+        settle(head)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        data = self.packed
+        del self.packed, self.head
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            moved = fn(data)
+            # What dtype a floating-point weight would have now; the codes themselves keep theirs.
+            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=data.device)).dtype
+            if moved.dtype != torch.uint8:  # Module.type() converts every tensor
+                moved = data.to(moved.device)
+            if moved is not data and not moved.is_meta and not _same_header(moved, data):
+                moved[: layout.HEADER_BYTES] = 0  # to_empty(): the kernel refuses an empty header until one is loaded
+            elif not moved.is_meta and self.candidate.key == "none":
+                moved = _converted(moved, self.dtype)
+        except BaseException:
+            self._set_buffer(data)
+            raise
+        self._set_buffer(moved)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        # Pickled apart, head would come back as a tensor with a storage of its own.
+        state["_buffers"] = {name: one for name, one in state["_buffers"].items() if name != "head"}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._set_buffer(self.packed)
+
+
+class QuantLinear(PackedModule):
     """A linear layer whose weight is one packed buffer, whatever the scheme.
 
     The kernel sees only ``head``, the buffer's first 128 bytes, which lead it to the rest. A graph traced by
@@ -44,8 +102,6 @@ class QuantLinear(nn.Module):
         under_adapter: whether it is the base layer of an adapter of PEFT.
     """
 
-    head: Tensor
-    packed: Tensor
     bias: nn.Parameter | None
 
     def __init__(
@@ -110,53 +166,14 @@ class QuantLinear(nn.Module):
         data = packed.data
         self._set_buffer(data if self.packed.is_meta else data.to(self.packed.device))
 
-    def _set_buffer(self, data: Tensor) -> None:
-        load_kernels(data.device)
-        self.register_buffer("packed", data, persistent=False)
-        # Of the same storage, but no autograd view: Dynamo would guard on a view's base and so on the scheme's size.
-        # A buffer too, because CUDA graphs copy inputs that are no buffers, and the copy would hold 128 bytes.
-        # Never made in inference mode: the gradient saves it.
-        with torch.inference_mode(False):
-            head = torch.empty(0, dtype=torch.uint8, device=data.device)
-            head.set_(data.untyped_storage(), data.storage_offset(), (layout.HEADER_BYTES,), (1,))
-        self.register_buffer("head", head, persistent=False)
-        settle(head)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        data = self.packed
-        del self.packed, self.head
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            moved = fn(data)
-            # What dtype a floating-point weight would have now; the codes themselves keep theirs.
-            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=data.device)).dtype
-            if moved.dtype != torch.uint8:  # Module.type() converts every tensor
-                moved = data.to(moved.device)
-            if moved is not data and not moved.is_meta and not _same_header(moved, data):
-                moved[: layout.HEADER_BYTES] = 0  # to_empty(): the kernel refuses an empty header until one is loaded
-            elif not moved.is_meta and self.candidate.key == "none":
-                moved = _converted(moved, self.dtype)
-        except BaseException:
-            self._set_buffer(data)
-            raise
-        self._set_buffer(moved)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        # Pickled apart, head would come back as a tensor with a storage of its own.
-        state["_buffers"] = {name: one for name, one in state["_buffers"].items() if name != "head"}
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._set_buffer(self.packed)
-
     def sections(self) -> dict[str, Tensor]:
         """The weight's canonical sections as named views of the buffer, with header and scheme: what is saved."""
-        text = json.dumps(self.candidate.scheme.to_json()).encode()
-        found = {HEADER: self.packed[: layout.HEADER_BYTES], SCHEME: torch.tensor(list(text), dtype=torch.uint8)}
+        found = {HEADER: self.packed[: layout.HEADER_BYTES], SCHEME: self._scheme_bytes()}
         return found | {f"weight_{name}": one for name, one in layout.sections(self.packed).items()}
+
+    def _scheme_bytes(self) -> Tensor:
+        text = json.dumps(self.candidate.scheme.to_json()).encode()
+        return torch.tensor(list(text), dtype=torch.uint8)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -17,6 +17,7 @@ from autoq.experts import split_experts
 from autoq.installing import holdings, stored_name
 from autoq.modules import QuantLinear, quantized_layers
 from autoq.plan import Plan
+from autoq.quant_embedding import embeddings_of
 from autoq.shard_writing import why_not_stored
 
 METHOD = "autoq"  # the name of the method in transformers
@@ -34,7 +35,8 @@ def stored_tensors(root: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Everything to store by name, and name → stored name of what is tied to something stored.
 
     Raises:
-        CheckpointError: if a module has state besides tensors, or a tensor cannot be stored.
+        CheckpointError: if a module has state besides tensors, a tensor cannot be stored, or an embedding reads a
+            layer's weight.
     """
     for name, module in root.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
@@ -44,6 +46,13 @@ def stored_tensors(root: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
                 got="a module with extra state",
                 fix="Keep the state in buffers.",
             )
+    for name in embeddings_of(root):
+        raise CheckpointError(
+            "an embedding is stored as its float table",
+            where=name,
+            got="one that reads a layer's packed weight (autoq.share_embedding)",
+            fix="Save the model before, and share the embedding after loading.",
+        )
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     places: dict[tuple[Any, ...], str] = {}
