@@ -53,8 +53,14 @@ class Timer:
         self._say = progress
         self._end_to_end: EndToEnd | None = None
 
-    def time(self, plans: Mapping[str, Assignment], stage: str) -> dict[str, dict[str, Timing]]:
-        """Label → phase → time of one pass; the unquantized model's is added."""
+    def time(
+        self,
+        plans: Mapping[str, Assignment],
+        stage: str,
+        *,
+        others: Mapping[str, Mapping[str, Callable[[], None]]] | None = None,
+    ) -> dict[str, dict[str, Timing]]:
+        """Label → phase → time of one pass; the unquantized model's is added, and that of other runs."""
         if self._end_to_end is None:
             self._end_to_end = EndToEnd(
                 self._model,
@@ -64,7 +70,7 @@ class Timer:
                 progress=lambda text, done, total: self._say("compile", text, done, total),
             )
         self._say(stage, f"{len(plans) + 1} plans end to end", 0, 1)
-        found = self._end_to_end.time(plans)
+        found = self._end_to_end.time(plans, others=others)
         self._say(stage, "", 1, 1)
         return found
 

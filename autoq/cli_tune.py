@@ -72,6 +72,13 @@ def _limit_options(command: Command) -> Command:
 @click.option(
     "--profile-from", metavar="KEY", help="Predict what is not measured here from another device's profile (cache ls)."
 )
+@click.option(
+    "--kv-cache",
+    "kv_cache",
+    type=click.Choice(("none", "int8", "int4")),
+    multiple=True,
+    help="A KV cache to try with autoq's attention under the plan; repeatable.",
+)
 @click.option("--n-trials", type=click.IntRange(min=1), help="Most plans whose loss is measured.")
 @click.option("--storage", help="Optuna storage URL, or journal:PATH. Default: a journal in the cache folder.")
 @click.option(

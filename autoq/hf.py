@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch.nn.modules import module as registration
 
 from autoq._files import shown
+from autoq.applying import plan_of, use_attention
 from autoq.checkpoint_files import CONFIG, GENERATION, Checkpoint, opened
 from autoq.errors import CheckpointError, InputError
 from autoq.hf_marks import mark
@@ -54,7 +55,8 @@ def load(folder: str | Path, *, attn_implementation: str | None = None) -> Any:
 
     Args:
         folder: the checkpoint.
-        attn_implementation: transformers' name of an attention, such as ``"eager"``; None takes its default.
+        attn_implementation: transformers' name of an attention, such as ``"eager"``; None takes the plan's, else
+            transformers' default.
 
     Returns:
         A ``transformers.PreTrainedModel``.
@@ -69,6 +71,9 @@ def load(folder: str | Path, *, attn_implementation: str | None = None) -> Any:
         reshape(model, checkpoint)
         install(model, checkpoint)
         mark(model)
+        plan = plan_of(model)
+        if attn_implementation is None and plan is not None and plan.model.get("attention") == "autoq":
+            use_attention(model, "autoq")
         generation = checkpoint.json(GENERATION)
         if GENERATION in checkpoint.texts:
             with _understood(checkpoint.folder / GENERATION):

@@ -43,6 +43,7 @@ def tune(
     n_trials: int | None = None,
     storage: str | None = None,
     ties: Ties | None = None,
+    kv_cache: Sequence[str] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TuneResult:
@@ -75,6 +76,9 @@ def tune(
             the same module calls with the same inputs (q, k and v; gate and up), and a block's experts role by role.
             Regular expressions tie the layers whose whole names they match with the same captured groups, such as
             ``(.*)[.](?:q|k|v)_proj``; among them, ``siblings`` stands for the siblings that no expression matches.
+        kv_cache: of a causal language model: precisions (``none``, ``int8``, ``int4``) of the KV cache to try under the
+            plan that was found, with autoq's attention. The best within the budget, the model's own attention
+            included, becomes the plan's section ``model``, which ``apply`` and ``generate`` heed.
         seed: the same seed and the same measurements give the same plan.
         progress: called with (stage, text, done, total).
 
@@ -103,6 +107,7 @@ def tune(
         n_trials=TRIALS if n_trials is None else n_trials,
         storage=storage,
         ties=checked(ties),
+        kv_cache=tuple(dict.fromkeys(kv_cache)),
         seed=seed,
     )
     with evaluating(unwrap(model)):

@@ -13,7 +13,8 @@ from autoq.scheme import FIELDS, Choices
 
 SCHEMA = 2
 SECTIONS = ("layers", "units", "phases", "kernels", "model", "provenance")
-FIGURES = ("measured", "predicted", "certificate", "remeasured", "retargeted")  # they hold for one assignment only
+# They hold for one assignment only.
+FIGURES = ("measured", "predicted", "certificate", "decoding", "remeasured", "retargeted")
 
 _Check = Callable[[Any, str], None]
 
@@ -207,13 +208,19 @@ _LIMITS = {
 _IDENTITY = dict.fromkeys(("class", "weights", "shapes"), _text)
 _MODEL_LAYER = _record({"n": _size, "k": _size, "dtype": _text}, required=("n", "k"))
 _PHASE = _record(dict.fromkeys((*_TIMES, *_SHARE), _FIGURE) | {"calls": _calls, "compiled": _text})
+_DECODING = _record(
+    dict.fromkeys((*_SHARE, "prefill_us", "decode_us", "request_us"), _FIGURE)
+    | {"attention": _text, "kv_cache": _text, "kv_bytes": _count, "chosen": _flag}
+)
 PROVENANCE: Mapping[str, _Check] = {
     "autoq": _text,
     "created": _text,
     "comment": _text,
     "seed": _seed,
     "study": _text,
-    "request": _record(_LIMITS | {"max_degradation": _FIGURE, "ties": _or_null(_list(_text))}),
+    "request": _record(
+        _LIMITS | {"max_degradation": _FIGURE, "ties": _or_null(_list(_text)), "kv_cache": _list(_text)}
+    ),
     "budget": _record(_LIMITS | {"metric": _text, "unit": _text, "text": _text, "baseline": _FIGURE}),
     "measured": _record(
         dict.fromkeys((*_SHARE, *_LATENCIES, "baseline_loss"), _FIGURE)
@@ -229,6 +236,7 @@ PROVENANCE: Mapping[str, _Check] = {
     "versions": _each(_text),
     "model": _record(_IDENTITY | {"layers": _each(_MODEL_LAYER), "left_alone": _each(_each(_number))}),
     "notes": _list(_text),
+    "decoding": _list(_DECODING),
     "plugins": _each(_text),
     "profile_from": _record({"profile": _text, "device": _text, "shapes": _count, "verified": _flag}),
     "edited": _flag,

@@ -57,6 +57,7 @@ def autoquant(
     n_trials: int | None = None,
     storage: str | None = None,
     ties: Ties | None = None,
+    kv_cache: Sequence[str] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -89,6 +90,7 @@ def autoquant(
         n_trials: as in ``autoq.tune``.
         storage: as in ``autoq.tune``.
         ties: as in ``autoq.tune``.
+        kv_cache: as in ``autoq.tune``.
         seed: as in ``autoq.tune``.
         progress: as in ``autoq.tune``.
 
@@ -124,6 +126,7 @@ def autoquant(
         "filter_fn": filter_fn,
         "n_trials": n_trials,
         "storage": storage,
+        "kv_cache": kv_cache,
         "seed": seed,
         "progress": progress,
     }

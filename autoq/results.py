@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+# What a retargeted plan does not know of itself.
+_UNKNOWN = ("measured", "predicted", "certificate", "decoding")
 TRIALS = 26  # plans whose loss is measured at most, unless told otherwise: 18 beside eight uniform ones
 
 
@@ -49,6 +51,7 @@ class Settings:
     n_trials: int = TRIALS
     storage: str | None = None
     ties: tuple[str, ...] = ()
+    kv_cache: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,6 +79,7 @@ class Settings:
             "max_latency_us": self.max_latency_us,
             "max_weight_bytes": self.max_weight_bytes,
             "ties": list(self.ties) or None,
+            **({"kv_cache": list(self.kv_cache)} if self.kv_cache else {}),
         }
 
 
@@ -190,7 +194,7 @@ class TuneResult:
         )
         solution = search.retarget(self.problem, budget)
         layers = {name: Scheme.parse(text) for name, text in self.problem.schemes(solution.assignment).items()}
-        kept = {k: v for k, v in self.plan.provenance.items() if k not in ("measured", "predicted", "certificate")}
+        kept = {k: v for k, v in self.plan.provenance.items() if k not in _UNKNOWN}
         predicted = {
             "loss_delta": self.scale.back(self.problem.loss(solution.assignment)),
             "latency_us": self.problem.time_us(solution.assignment),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoq import plugins, provenance, search, studies
+from autoq import decode_choice, plugins, provenance, search, studies
 from autoq.additive import Additive
 from autoq.apply_report import by_kind
 from autoq.cache import (
@@ -36,6 +36,7 @@ from autoq.losses import TokenNLL, default_metric, is_causal_lm
 from autoq.modules import check_weights, compile_arguments, device_of, unwrap
 from autoq.other_weights import other_weights
 from autoq.phase_forms import PhaseForms
+from autoq.plan import Plan
 from autoq.profiler import LatencyModel, isolated_times, profile, shapes_of
 from autoq.profiler.end_to_end import UNQUANTIZED
 from autoq.recorder import record as record_inputs
@@ -81,6 +82,8 @@ class Tuning:
             count = found.sampled_tokens
             self.note(f"{count} tokens sampled from the model extend the given text to judge accuracy by.")
         self.phases = phases if phases is not None else self._default_phases()
+        if settings.kv_cache:
+            decode_choice.check(self.model, settings.kv_cache, self.phases)
         for name in self.phases:
             if not (isinstance(name, str) and name.isprintable()):  # it becomes a key of the plan, which is printed
                 raise InputError("a phase's name is printable text", got=repr(name))
@@ -178,6 +181,8 @@ class Tuning:
         plan = finished_plan(
             evidence, choice, self._provenance(budget, limits), {self.fingerprint.key: provenance.kernels_of(rows)}
         )
+        if self.settings.kv_cache:
+            plan = self._decoded(plan, budget)
         return TuneResult(
             plan=plan,
             workload=self.workload,
@@ -355,6 +360,22 @@ class Tuning:
             none_is_stock=self.none_is_stock,
             identity={"weights": self.weights_hash, "device": self.fingerprint.key, **provenance.autocast(self.device)},
             folder=self.folder,
+        )
+
+    def _decoded(self, plan: Plan, budget: LossBudget) -> Plan:
+        """The plan with the attention and the KV cache that are best under it."""
+        objective = self.settings.objective
+        return decode_choice.decided(
+            plan,
+            model=self.model,
+            store=self.store,
+            meter=self.meter,
+            phases=self.phases,
+            time=partial(self.timer.time, stage="decoding"),
+            precisions=self.settings.kv_cache,
+            max_loss=None if objective == "loss" else budget.max_increase,
+            memory=objective == "memory",
+            say=partial(self.say, "decoding"),
         )
 
     def judge(self) -> Judge:

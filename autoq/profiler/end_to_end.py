@@ -101,12 +101,18 @@ class EndToEnd:
             progress("", total, total)
 
     def time(
-        self, plans: Mapping[str, Assignment], *, budget_s: float = 2.0, min_rounds: int = 3
+        self,
+        plans: Mapping[str, Assignment],
+        *,
+        others: Mapping[str, Mapping[str, Callable[[], None]]] | None = None,
+        budget_s: float = 2.0,
+        min_rounds: int = 3,
     ) -> dict[str, dict[str, Timing]]:
         """Time plans interleaved with each other and with the unquantized model.
 
         Args:
             plans: label → assignment; the label ``UNQUANTIZED`` is added for the model itself.
+            others: phase → label → another pass to time with them.
             budget_s: per plan and phase, at most about this long.
             min_rounds: rounds taken in any case.
 
@@ -115,25 +121,32 @@ class EndToEnd:
         """
         result: dict[str, dict[str, Timing]] = {label: {} for label in (UNQUANTIZED, *plans)}
         for phase, inputs in self.phases.items():
-            found = self._time_phase(phase, inputs, plans, budget_s, min_rounds)
+            beside = {} if others is None else others.get(phase, {})
+            found = self._time_phase(phase, inputs, plans, beside, budget_s, min_rounds)
             for label, timing in found.items():
-                result[label][phase] = timing
+                result.setdefault(label, {})[phase] = timing
         return result
 
-    def _time_phase(
-        self, phase: str, inputs: PhaseInputs, plans: Mapping[str, Assignment], budget_s: float, min_rounds: int
+    def _time_phase(  # noqa: PLR0917 (all of one phase)
+        self,
+        phase: str,
+        inputs: PhaseInputs,
+        plans: Mapping[str, Assignment],
+        others: Mapping[str, Callable[[], None]],
+        budget_s: float,
+        min_rounds: int,
     ) -> dict[str, Timing]:
         shadow = self._shadows[phase]
 
         def prepare(label: str) -> None:
-            if label != UNQUANTIZED:
+            if label in plans:
                 shadow.assign(plans[label])
 
         def runner(label: str) -> Callable[[], None]:
             call = self._calls[phase, label != UNQUANTIZED]
             return lambda: inputs.run(call)
 
-        runs = {label: runner(label) for label in (UNQUANTIZED, *plans)}
+        runs = {label: runner(label) for label in (UNQUANTIZED, *plans)} | dict(others)
         with torch.no_grad(), _strict():
             return interleaved(
                 runs,
