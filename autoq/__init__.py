@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from autoq.errors import AutoqError
     from autoq.experts import split_experts
     from autoq.explaining import Explanation, explain
+    from autoq.fusing import FuseReport, fuse, unfuse
+    from autoq.generating import generate
     from autoq.losses import perplexity
     from autoq.pipeline import record, tune
     from autoq.plan import Plan
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from autoq.remeasuring import remeasure
     from autoq.results import TuneResult
     from autoq.scheme import Scheme
+    from autoq.sharing import SharedEmbedding, share_embedding
     from autoq.workload import Phase, Workload
 
 __version__ = "0.1.0"
@@ -33,15 +36,19 @@ _HOMES = {
     "ApplyReport": "applying",
     "AutoqError": "errors",
     "Explanation": "explaining",
+    "FuseReport": "fusing",
     "Measured": "quantizing",
     "Phase": "workload",
     "Plan": "plan",
     "Scheme": "scheme",
+    "SharedEmbedding": "sharing",
     "TuneResult": "results",
     "Workload": "workload",
     "apply": "applying",
     "autoquant": "quantizing",
     "explain": "explaining",
+    "fuse": "fusing",
+    "generate": "generating",
     "load_quantized": "checkpoint",
     "measure": "quantizing",
     "perplexity": "losses",
@@ -50,24 +57,30 @@ _HOMES = {
     "remeasure": "remeasuring",
     "restore": "applying",
     "save_quantized": "checkpoint",
+    "share_embedding": "sharing",
     "split_experts": "experts",
     "tune": "pipeline",
+    "unfuse": "fusing",
 }
 
 __all__ = [
     "ApplyReport",
     "AutoqError",
     "Explanation",
+    "FuseReport",
     "Measured",
     "Phase",
     "Plan",
     "Scheme",
+    "SharedEmbedding",
     "TuneResult",
     "Workload",
     "apply",
     "autoquant",
     "candidates",
     "explain",
+    "fuse",
+    "generate",
     "hf",
     "load_quantized",
     "measure",
@@ -77,8 +90,10 @@ __all__ = [
     "remeasure",
     "restore",
     "save_quantized",
+    "share_embedding",
     "split_experts",
     "tune",
+    "unfuse",
 ]
 
 

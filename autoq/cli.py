@@ -17,7 +17,8 @@ from autoq import __version__
 from autoq.cli_cache import cache_group
 from autoq.cli_explain import explain, report
 from autoq.cli_export import export
-from autoq.cli_measure import bench, evaluate
+from autoq.cli_measure import evaluate
+from autoq.cli_model_bench import bench
 from autoq.cli_models import shown_progress
 from autoq.cli_options import (
     REFUSED,

@@ -1,4 +1,4 @@
-"""The verbs of the command line that measure a plan on a model: eval and bench."""
+"""The verbs of the command line that measure a plan on a model: eval and bench plan."""
 
 from __future__ import annotations
 
@@ -71,14 +71,18 @@ def _losses(loaded: Loaded, plan: Plan | None, batches: Any, progress: Progress)
     return found
 
 
-@click.command(epilog=example("autoq bench smollm2 out/plan.json --text test.txt --output here.json"))
+@click.command(
+    "plan",
+    short_help="Measure MODEL under PLAN.",
+    epilog=example("autoq bench plan smollm2 out/plan.json --text test.txt --output here.json"),
+)
 @click.argument("model", type=MODEL)
 @click.argument("plan", type=PLAN)
 @text_option
 @rows_option
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan with the new figures.")
 @json_option
-def bench(*, model: str, plan: Path, text: Path | None, rows: int, output: Path | None, as_json: bool) -> None:
+def bench_plan(*, model: str, plan: Path, text: Path | None, rows: int, output: Path | None, as_json: bool) -> None:
     """Measure MODEL under PLAN end to end, compiled.
 
     Loss and time, interleaved with the unquantized model.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Command = Callable[..., Any]
+STDOUT = Path("-")
 OUTPUT = Path("autoq-out")  # where tune writes and others read unless told otherwise
 REFUSED, STOPPED = 1, 130  # exit codes besides 0 and click's 2
 _WIDTH = 120  # of tables where stdout is no terminal
@@ -88,6 +89,23 @@ def json_option(command: Command) -> Command:
 
     return click.option(
         "--json", "as_json", is_flag=True, callback=noted, help="Print one JSON object on stdout instead of tables."
+    )(command)
+
+
+def json_file_option(command: Command) -> Command:
+    """``--json FILE``, as the argument ``json_file``: None, a file, or ``STDOUT``."""
+
+    def noted(ctx: click.Context, _: click.Parameter, value: Path | None) -> Path | None:
+        ctx.meta[_JSON] = value == STDOUT
+        return value
+
+    kind = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
+    return click.option(
+        "--json",
+        "json_file",
+        type=kind,
+        callback=noted,
+        help="Write the rows to a file; - prints them instead of tables.",
     )(command)
 
 

