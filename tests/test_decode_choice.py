@@ -65,7 +65,8 @@ def test_every_precision_is_measured_and_one_is_chosen(tuned):
     ]  # fmt: skip
     stock, exact, int8, int4 = rows
     assert abs(exact["loss_delta"] - stock["loss_delta"]) < 1e-4  # the same function in another order
-    assert abs(int8["loss_delta"] - stock["loss_delta"]) < abs(int4["loss_delta"] - stock["loss_delta"])
+    assert 0 < abs(int8["loss_delta"] - exact["loss_delta"]) < 0.003
+    assert 0 < abs(int4["loss_delta"] - exact["loss_delta"]) < 0.05
     head, places = 32, 127 + 1  # a prompt of 127 tokens and one more
     assert [row["kv_bytes"] for row in rows] == [
         2 * 2 * places * size for size in (4 * head, 4 * head, head + 4, head // 2 + 4)
