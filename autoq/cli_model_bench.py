@@ -10,7 +10,16 @@ import click
 
 from autoq.cli_measure import bench_plan
 from autoq.cli_models import MODEL, loaded_model, shown_progress
-from autoq.cli_options import STDOUT, check_writable, example, json_file_option, print_json, print_table, stopping
+from autoq.cli_options import (
+    STDOUT,
+    Stopped,
+    check_writable,
+    example,
+    json_file_option,
+    print_json,
+    print_table,
+    stopping,
+)
 
 if TYPE_CHECKING:
     from autoq.model_bench import Report
@@ -128,6 +137,9 @@ def bench_model(*, model: str, json_file: Path | None, picture: Path | None, tex
         for written in (json_file, picture):
             if written is not None:
                 click.echo(f"Written: {written}")
+    wanted_rounds = report.facts.get("rounds_wanted")
+    if wanted_rounds is not None:
+        raise Stopped(f"Stopped after {report.facts['rounds']} of {wanted_rounds} rounds, which are reported.")
 
 
 bench.add_command(bench_plan, "plan")

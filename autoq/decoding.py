@@ -131,6 +131,7 @@ class Decoder:
             if self._compiled_prompt is None:
                 self._compiled_prompt = torch.compile(_fresh(_read, f"prompt_{id(self):x}"), fullgraph=True)
             run = self._compiled_prompt
+            input_ids = input_ids.view(input_ids.shape)  # the mark is an attribute, and not for the caller's tensor
             torch._dynamo.mark_dynamic(input_ids, 1)
             if mask is not None:
                 torch._dynamo.mark_dynamic(mask, 1)
@@ -230,13 +231,14 @@ def _padding(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor |
 
 
 def _structure(model: nn.Module) -> tuple[object, ...]:
-    """What a traced graph takes for granted: the modules, the form of their tensors, and whether they train."""
+    """What a traced graph takes for granted: the modules, their hooks, their tensors' form, and whether they train."""
     found: list[object] = []
     for module in model.modules():
         forms = [
             (name, one.shape, one.dtype, one.device) for name, one in module._parameters.items() if one is not None
         ]
-        found.append((id(module), type(module), module.training, tuple(forms)))
+        hooks = (*module._forward_pre_hooks, *module._forward_hooks)
+        found.append((id(module), type(module), module.training, tuple(forms), hooks))
     return tuple(found)
 
 

@@ -20,6 +20,8 @@ from autoq.model_bench.rows import Found, Report, rows_of
 
 Progress = Callable[[str, str, int, int], None]
 Tokens = Sequence[Sequence[int]]
+_MOST_S = 2.0  # of decode steps in an engine's turn, once it is known how long one takes
+_LEAST_STEPS = 4
 _ANSWERS = {"losses": "losses", PREFILL: "seconds", DECODE: "seconds", "memory": "peak_growth_bytes"}
 
 
@@ -32,7 +34,7 @@ class Job:
         missing: named in the report.
         prompts: batch → tokens [batch][context].
         rows: tokens [rows][length] of the losses; may be empty.
-        steps: decode steps of each round.
+        steps: decode steps of each round, at most; an engine whose steps are slow takes fewer.
         rounds: that count.
         threads: of each engine.
         passes: of each breakdown; 0 for none.
@@ -89,20 +91,28 @@ class _Run:
         self.order: list[list[str]] = []
         self.bandwidth: list[float] = []
         self.machine: dict[str, Any] = {}
+        self.step_s: dict[tuple[str, int], float] = {}  # engine and batch → a decode step in the first round
+        self.rounds = 0  # that count, and are complete
 
     def report(self) -> Report:
-        """Do everything."""
+        """Do everything; what a Ctrl-C stops after a round that counts is reported as far as it went."""
         with ExitStack() as ending:
             meter = self._meter(ending)
             for done, engine in enumerate(self.job.engines):
                 self.say("load", engine.name, done, len(self.job.engines))
                 self._load(engine, done, ending)
             self.say("load", "", len(self.job.engines), len(self.job.engines))
-            for number in range(self.job.rounds + 1):
-                self._round(number, meter)
-            self.say("measure", "", self.job.rounds + 1, self.job.rounds + 1)
-            self._memory()
-            self._break_down()
+            try:
+                for number in range(self.job.rounds + 1):
+                    self._round(number, meter)
+                    self.rounds = number
+                self.say("measure", "", self.job.rounds + 1, self.job.rounds + 1)
+                self._memory()
+                self._break_down()
+            except KeyboardInterrupt:
+                if self.rounds == 0:
+                    raise
+                return self._summed_up(stopped=True)
         return self._summed_up()
 
     def _meter(self, ending: ExitStack) -> Worker:
@@ -171,14 +181,22 @@ class _Run:
                 key = (phase, batch)
                 if name not in self.workers or (counts and key not in found.seconds):
                     continue
-                more = {"steps": self.job.steps} if phase == DECODE else {}
+                more = {"steps": self._steps(name, batch)} if phase == DECODE else {}
                 answer = self._ask(name, phase, tokens=tokens, **more)
                 if answer is None:
                     found.seconds.pop(key, None)
                     continue
+                if phase == DECODE and not counts:
+                    self.step_s[name, batch] = median(answer["seconds"])
                 times = found.seconds.setdefault(key, [])
                 if counts:
                     times += [answer["seconds"]] if phase == PREFILL else answer["seconds"]
+
+    def _steps(self, name: str, batch: int) -> int:
+        """How many decode steps an engine's turn has."""
+        known = self.step_s.get((name, batch))
+        most = self.job.steps
+        return most if known is None else min(most, max(_LEAST_STEPS, int(_MOST_S / max(known, 1e-6))))
 
     def _memory(self) -> None:
         for name in list(self.workers):
@@ -202,10 +220,12 @@ class _Run:
                 self._note(name, "profile", problem)
         self.say("break down", "", len(wanted), len(wanted))
 
-    def _summed_up(self) -> Report:
+    def _summed_up(self, *, stopped: bool = False) -> Report:
         bandwidth = median(self.bandwidth[1:] or self.bandwidth)
         job = self.job
-        about = {"context": job.context, "steps": job.steps, "rounds": job.rounds, "threads": job.threads}
+        about = {"context": job.context, "steps": job.steps, "rounds": self.rounds, "threads": job.threads}
+        if stopped:
+            about["rounds_wanted"] = job.rounds
         rows, parts = [], []
         for found in self.found.values():
             rows += rows_of(found, context=job.context, steps=job.steps, bandwidth_gb_s=bandwidth)

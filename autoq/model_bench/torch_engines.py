@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from autoq.errors import InputError
+from autoq.shadow import float_product, has_arithmetic
 
 if TYPE_CHECKING:
     from autoq.attention import KVPrecision
@@ -75,8 +78,12 @@ class TorchEngine(ABC):
         return logits.argmax(dim=-1, keepdim=True)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Logits [B, T, V] of all the tokens [B, T], not compiled."""
-        found: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        """Logits [B, T, V] of all the tokens [B, T], not compiled.
+
+        Products that this CPU has no arithmetic for are made in float32: the same up to the order of summation.
+        """
+        with _float_products(self.model):
+            found: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return found
 
     def kv_bytes_per_token(self) -> int | None:
@@ -249,6 +256,27 @@ class Decoding(TorchEngine):
 def _last(outputs: Any) -> Tensor:
     found: Tensor = outputs.logits[:, -1]
     return found
+
+
+@contextmanager
+def _float_products(model: nn.Module) -> Iterator[None]:
+    """Layers with weights of torchao's, or of a dtype without arithmetic here, multiply in float32 inside."""
+    changed = []
+    for module in model.modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        weight: Any = module.weight
+        if hasattr(weight, "__tensor_flatten__"):  # a wrapper of torchao's
+            weight = weight.dequantize()
+        elif has_arithmetic(weight):
+            continue
+        module.__dict__["forward"] = partial(float_product, weight=weight, bias=module.bias)
+        changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.__dict__["forward"]
 
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -37,7 +37,7 @@ for line in sys.stdin:
     answers = {{
         "load": {{"version": "fake 1", "weight_bytes": 1000, "kv_bytes_per_token": 10, "isa": None, "note": None}},
         "prefill": {{"seconds": 0.02}},
-        "decode": {{"seconds": [0.001] * request.get("steps", 0), "tokens": []}},
+        "decode": {{"seconds": [{step}] * request.get("steps", 0), "tokens": []}},
         "losses": {{"losses": [1.0, 3.0]}},
         "memory": {{"peak_growth_bytes": 2000000}},
     }}
@@ -49,8 +49,8 @@ for line in sys.stdin:
 def fake(tmp_path):
     """Makes an engine whose worker answers at once, dies at a request or refuses it; with the file of its requests."""
 
-    def make(name, dies="", refuses=""):
-        code = FAKE.format(log=str(tmp_path / "log"), name=name, dies=dies, refuses=refuses)
+    def make(name, dies="", refuses="", step=0.001):
+        code = FAKE.format(log=str(tmp_path / "log"), name=name, dies=dies, refuses=refuses, step=step)
         return Engine(name=name, plan="fake", command=(sys.executable, "-c", code), own=False)
 
     return make

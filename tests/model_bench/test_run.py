@@ -226,6 +226,23 @@ for line in sys.stdin:
 """
 
 
+def test_a_run_that_is_stopped_after_a_round_reports_what_it_has(fake):
+    def stop(stage, text, done, total):
+        if stage == "measure" and done == 2:
+            raise KeyboardInterrupt
+
+    report = run(job([fake("a"), fake("b")], rounds=5), stop)
+    assert (report.facts["rounds"], report.facts["rounds_wanted"]) == (1, 5)
+    assert len(report.order) == 2
+    assert {row["engine"]: row["measurements"] for row in report.rows if row["phase"] == "prefill"} == {"a": 1, "b": 1}
+
+
+def test_slow_steps_are_fewer(fake):
+    report = run(job([fake("slow", step=0.4), fake("slower", step=9.0), fake("quick")], rounds=2, steps=16))
+    counts = {row["engine"]: row["measurements"] for row in report.rows if row["phase"] == "decode"}
+    assert counts == {"slow": 10, "slower": 8, "quick": 32}
+
+
 def test_converted_files_are_made_once(fake, tmp_path):
     target = tmp_path / "deep" / "made"
     engine = replace(
