@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,8 @@ def engine_of(
     if kind == "decoder" and (plan_file or scheme):
         notes += _put_together(found, tied)
     if attention == OWN_ATTENTION:
-        importlib.import_module("autoq.attention")
+        import autoq.attention  # noqa: F401  (registers it)
+
         load_kernels(torch.device("cpu"))
     set_attention: Any = getattr(found, "set_attn_implementation")  # noqa: B009  (transformers has no types)
     set_attention(attention)
@@ -96,8 +96,10 @@ def _by_torchao(model: nn.Module, folder: str, bits: int) -> str:
     """Quantize all linear layers as torchao does, with its recommended settings; says how."""
     if str(Path(folder).absolute()) not in sys.path:
         sys.path.append(str(Path(folder).absolute()))
-    api = importlib.import_module("torchao.quantization")
-    version = importlib.import_module("torchao").__version__
+    import torchao
+    from torchao import quantization as api
+
+    version = torchao.__version__
     if bits == 8:
         api.quantize_(model, api.Int8WeightOnlyConfig())
         return f"torchao {version}, Int8WeightOnlyConfig"
@@ -105,7 +107,8 @@ def _by_torchao(model: nn.Module, folder: str, bits: int) -> str:
     groups = [group for group in _GROUPS if not any(size % group for size in narrowest)]
     if not groups:
         raise InputError(f"torchao's 4-bit groups of {_GROUPS} divide every layer's inputs", got=sorted(set(narrowest)))
-    int4 = importlib.import_module("torchao.prototype.quantization.int4.inference_workflow")
+    from torchao.prototype.quantization.int4 import inference_workflow as int4
+
     choose = int4.Int4ChooseQParamsAlgorithm.HQQ
     api.quantize_(model, int4.PrototypeInt4WeightOnlyConfig(group_size=groups[0], int4_choose_qparams_algorithm=choose))
     return f"torchao {version}, 4-bit weights for CPUs by HQQ, groups of {groups[0]}"

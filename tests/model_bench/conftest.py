@@ -64,8 +64,7 @@ def toy(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delitem(sys.modules, "autoq_bench_toy", raising=False)
-        loaded = load_model("autoq_bench_toy:make")
-        yield folder, loaded
+        return folder, load_model("autoq_bench_toy:make")
 
 
 @pytest.fixture(scope="session")

@@ -201,11 +201,14 @@ def _lives(pid):
 
 
 def test_interrupting_ends_every_worker(fake):
-    pids = []
+    def children():
+        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+
+    pids, before = set(), children()
 
     def stop(stage, *_):
         if stage == "measure":
-            pids.extend(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+            pids.update(children() - before)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
