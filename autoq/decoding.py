@@ -5,7 +5,6 @@ Legend: B sequences, T tokens of a prompt, V words.
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from autoq.attention import KVPrecision, using
 from autoq.errors import InputError
 from autoq.kv_cache import KVCache
 from autoq.modules import device_of, unwrap
+from autoq.own_code import with_own_code
 
 _Step = Callable[..., tuple[Tensor, Tensor]]
 # A step's own kernels handle a few hundred numbers each: another thread would cost more than it gives. torch takes some
@@ -129,7 +129,7 @@ class Decoder:
         run = _read
         if self.compiled_prefill and tokens > 1:
             if self._compiled_prompt is None:
-                self._compiled_prompt = torch.compile(_fresh(_read, f"prompt_{id(self):x}"), fullgraph=True)
+                self._compiled_prompt = torch.compile(with_own_code(_read, f"prompt_{id(self):x}"), fullgraph=True)
             run = self._compiled_prompt
             input_ids = input_ids.view(input_ids.shape)  # the mark is an attribute, and not for the caller's tensor
             torch._dynamo.mark_dynamic(input_ids, 1)
@@ -173,7 +173,7 @@ class Decoder:
         if self.compiled:
             options = _STEP_OPTIONS | (_CPP_WRAPPER if self.cpp_wrapper else {})
             run = self._compiled_step = torch.compile(
-                _fresh(_read, f"step_{id(self):x}"), fullgraph=True, options=options
+                with_own_code(_read, f"step_{id(self):x}"), fullgraph=True, options=options
             )
         with using(self._root(), self.kv_cache):
             return self._run(run, tokens, self._pads, self._seen)
@@ -240,9 +240,3 @@ def _structure(model: nn.Module) -> tuple[object, ...]:
         hooks = (*module._forward_pre_hooks, *module._forward_hooks)
         found.append((id(module), type(module), module.training, tuple(forms), hooks))
     return tuple(found)
-
-
-def _fresh(function: _Step, name: str) -> _Step:
-    """The function with a code object of its own, so that Dynamo's cache for it starts empty."""
-    code = function.__code__.replace(co_name=name)
-    return types.FunctionType(code, function.__globals__, name)

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -117,17 +117,9 @@ class Shadow:
         Same numerics up to the order of summation (such products are accumulated in float32 anyway), but up to eight
         times faster. Never used for timing.
         """
-        changed = []
-        for layer, site in self._sites.items():
-            weight = self.store.weight(layer)
-            if self._assigned[layer] == NONE and not has_arithmetic(weight):
-                site.__dict__["forward"] = partial(float_product, weight=weight, bias=site.bias)
-                changed.append(site)
-        try:
+        plain = {site: self.store.weight(layer) for layer, site in self._sites.items() if self._assigned[layer] == NONE}
+        with multiplied_in_float({site: weight for site, weight in plain.items() if not has_arithmetic(weight)}):
             yield
-        finally:
-            for site in changed:
-                del site.__dict__["forward"]
 
     def assign(self, assignment: Mapping[str, Scheme]) -> None:
         """Give every layer its scheme; a layer that is not named has ``none``."""
@@ -153,6 +145,23 @@ def has_arithmetic(weight: Tensor) -> bool:
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+@contextmanager
+def multiplied_in_float(weights: Mapping[nn.Module, Tensor]) -> Iterator[None]:
+    """Let linear layers multiply in float32 inside, rounded once to the activation's dtype.
+
+    Args:
+        weights: layer → the weight [N, K] it multiplies by.
+    """
+    for layer, weight in weights.items():
+        bias: Any = layer.bias
+        layer.__dict__["forward"] = partial(float_product, weight=weight, bias=bias)
+    try:
+        yield
+    finally:
+        for layer in weights:
+            del layer.__dict__["forward"]
 
 
 def float_product(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ KERNELS = ROOT.parent / "kernels"
 # A unit imports units of lower ranks only; a package's own modules may import each other.
 RANKS = {
     0: (
+        "own_code",
         "additive",
         "estimates",
         "placement",

@@ -5,18 +5,17 @@ Shapes: B rows, T tokens, V entries of the vocabulary.
 
 from __future__ import annotations
 
-import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from autoq.errors import InputError
-from autoq.shadow import float_product, has_arithmetic
+from autoq.own_code import with_own_code
+from autoq.shadow import has_arithmetic, multiplied_in_float
 
 if TYPE_CHECKING:
     from autoq.attention import KVPrecision
@@ -261,7 +260,7 @@ def _last(outputs: Any) -> Tensor:
 @contextmanager
 def _float_products(model: nn.Module) -> Iterator[None]:
     """Layers with weights of torchao's, or of a dtype without arithmetic here, multiply in float32 inside."""
-    changed = []
+    weights: dict[nn.Module, Tensor] = {}
     for module in model.modules():
         if not isinstance(module, nn.Linear):
             continue
@@ -270,13 +269,9 @@ def _float_products(model: nn.Module) -> Iterator[None]:
             weight = weight.dequantize()
         elif has_arithmetic(weight):
             continue
-        module.__dict__["forward"] = partial(float_product, weight=weight, bias=module.bias)
-        changed.append(module)
-    try:
+        weights[module] = weight
+    with multiplied_in_float(weights):
         yield
-    finally:
-        for module in changed:
-            del module.__dict__["forward"]
 
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -286,8 +281,7 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(*args: Any) -> Tensor:
         return function(*args)
 
-    code = call.__code__.replace(co_name=f"call_{id(function):x}")  # a code object of its own: an empty cache
-    fresh = types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
+    fresh: Callable[..., Tensor] = with_own_code(call, f"call_{id(function):x}")
     compiled = torch.compile(fresh, fullgraph=True, dynamic=False)
 
     def run(*args: Any) -> Tensor:

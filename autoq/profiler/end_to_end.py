@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import nn
 
 from autoq.errors import InputError
 from autoq.losses import Batch
+from autoq.own_code import with_own_code
 from autoq.profiler.timing import Timing, interleaved
 from autoq.scheme import Scheme
 from autoq.shadow import PackedStore, Shadow, share_weights
@@ -236,8 +236,8 @@ def _fresh(model: nn.Module) -> Callable[..., object]:
     def call(*args: Any, **kwargs: Any) -> object:
         return model(*args, **kwargs)
 
-    code = call.__code__.replace(co_name=f"call_{id(model):x}")
-    return types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
+    found: Callable[..., object] = with_own_code(call, f"call_{id(model):x}")
+    return found
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
